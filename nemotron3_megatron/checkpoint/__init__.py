@@ -1,0 +1,1 @@
+"""Checkpoints: complete or absent, readable by any layout, a restart bitwise where the layout is the same."""

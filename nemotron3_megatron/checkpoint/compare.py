@@ -1,0 +1,55 @@
+"""Does a checkpoint fit a model? Answered from its index, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from nemotron3_megatron.checkpoint import adam
+from nemotron3_megatron.checkpoint.collective import of_every_rank
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_MAX_ROWS = 20
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor in a checkpoint, by key."""
+    index = dist_checkpointing.load_tensors_metadata(str(path))
+    return {key: tuple(tensor.global_shape) for key, tensor in index.items()}
+
+
+def wanted_shapes(content: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor that the ranks together would load, by key. A collective."""
+    copy, _ = extract_matching_values(content, lambda _: True)
+    apply_factories(copy)
+    mine = {item.key: tuple(item.global_shape) for item in nested_values(copy) if isinstance(item, ShardedTensor)}
+    return {key: shape for rank in of_every_rank(mine) for key, shape in rank.items()}
+
+
+def differences(stored: Shapes, wanted: Shapes) -> list[tuple[str, str, str]]:
+    """Rows (tensor, shape in the checkpoint, shape in the model) for all that does not match."""
+    keys = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
+    return [(key, _shown(stored.get(key)), _shown(wanted.get(key))) for key in keys]
+
+
+def table(rows: list[tuple[str, str, str]]) -> str:
+    """The first rows of :func:`differences` as text, weights before optimizer state."""
+    first = sorted(rows, key=lambda row: (row[0].startswith(adam.PREFIX), row[0]))[:_MAX_ROWS]
+    lines = [("tensor", "checkpoint", "model"), *first]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    text = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+    if len(rows) > len(first):
+        text.append(f"  ... and {len(rows) - len(first)} more")
+    return "\n".join(text)
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape)) or "scalar"

@@ -1,0 +1,100 @@
+"""What a checkpoint contains: weights and buffers, Adam's tensors, and each rank's random state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
+
+from nemotron3_megatron.checkpoint import adam, rng
+from nemotron3_megatron.checkpoint.writer import InProcessSave
+from nemotron3_megatron.model.builder import model_sharded_state
+
+_EXTRA_STATE = "_extra_state"
+"""Transformer Engine's per-module blob (amax histories). Block-scaled formats keep nothing in it, and the
+torch spec has none: leaving it out makes checkpoints of both specs interchangeable."""
+
+
+def layout(chunks: list[MegatronModule]) -> dict[str, int]:
+    """World size and parallel sizes that ``chunks`` were built for."""
+    groups = unwrapped(chunks[0]).pg_collection
+    sizes = {"tp": groups.tp, "cp": groups.cp, "pp": groups.pp, "ep": groups.ep, "etp": groups.expt_tp}
+    return {
+        "world_size": dist.get_world_size(),
+        **{name: group.size() for name, group in sizes.items()},
+        "vpp": len(chunks),
+    }
+
+
+def save(directory: Path, chunks: list[MegatronModule], optimizer: MegatronOptimizer | None) -> None:
+    """Write all tensors into the existing, empty ``directory``. A collective.
+
+    Raises:
+        torch.distributed.checkpoint.CheckpointException: some rank could not write.
+    """
+    for chunk in chunks:
+        # With overlapped gathering the weights of other ranks' shards arrive only in the next forward pass.
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    if optimizer is not None:
+        adam.prepare(optimizer)
+    tensors = sharded(chunks, optimizer, is_loading=False)
+    # Replicas share the writing.
+    strategy = FullyParallelSaveStrategyWrapper(InProcessSave(), unwrapped(chunks[0]).pg_collection.dp_cp)
+    dist_checkpointing.save({**tensors, "rng": _rng_shard(rng.capture())}, str(directory), strategy)
+
+
+def sharded(chunks: list[MegatronModule], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    """Sharded state dict of the model, and of the optimizer if there is one."""
+    model = {f"model{index}": _model_tensors(chunk) for index, chunk in enumerate(chunks)}
+    if optimizer is None:
+        return model
+    return {**model, "optimizer": adam.sharded_state(optimizer, model, is_loading=is_loading)}
+
+
+def load(
+    directory: Path,
+    template: dict[str, Any],
+    chunks: list[MegatronModule],
+    optimizer: MegatronOptimizer | None,
+    *,
+    with_rng: bool,
+) -> None:
+    """Read the tensors of ``template`` (from :func:`sharded`) into the model and the optimizer. A collective."""
+    content = {**template, "rng": _rng_shard(None)} if with_rng else template
+    loaded = dist_checkpointing.load(content, str(directory))
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        wrong = [name for name in (*missing, *unexpected) if not name.endswith(_EXTRA_STATE)]
+        if wrong:
+            raise RuntimeError(f"the model and its sharded state dict disagree on {wrong}")
+    if optimizer is not None:
+        adam.load_sharded_state(optimizer, loaded["optimizer"])
+    if with_rng:
+        rng.restore(loaded["rng"])
+
+
+def unwrapped(chunk: MegatronModule) -> MegatronModule:
+    """The model inside Megatron's DDP and Float16Module."""
+    module = chunk
+    while isinstance(getattr(module, "module", None), torch.nn.Module):
+        module = module.module
+    return module
+
+
+def _model_tensors(chunk: MegatronModule) -> dict[str, Any]:
+    module = unwrapped(chunk)
+    tensors = model_sharded_state(module, module.pg_collection)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_EXTRA_STATE)}
+
+
+def _rng_shard(state: dict[str, Any] | None) -> ShardedObject:
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))

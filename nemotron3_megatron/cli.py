@@ -1,0 +1,140 @@
+"""``nemotron3 VERB key=value ...``: everything around training. Training itself is ``torchrun train.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.typed import nearest_name
+
+USER_ERROR = 2
+"""Exit status when the user's input is wrong."""
+
+
+PIPE_WIDTH = 140
+"""Columns of tables that go to a file or a pipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A command of ``nemotron3``."""
+
+    run: Callable[[list[str], bool], int]
+    """Takes the overrides and whether JSON is wanted; returns the exit status."""
+    summary: str
+    usage: str
+    has_json: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``nemotron3``; returns the exit status (2: the user's input is wrong)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_verbs()
+        return 0 if arguments else USER_ERROR
+    try:
+        verb = VERBS.get(arguments[0])
+        if verb is None:
+            close = nearest_name(arguments[0], VERBS)
+            raise UserError(
+                arguments[0],
+                where="command line",
+                why="is not a verb of nemotron3",
+                nearest=close or f"one of {', '.join(VERBS)}",
+            )
+        parsed = _parser(arguments[0], verb).parse_intermixed_args(arguments[1:])
+        return verb.run(parsed.overrides, getattr(parsed, "json", False))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR
+
+
+def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"nemotron3 {name}",
+        description=verb.summary,
+        epilog=verb.usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
+    if verb.has_json:
+        parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return parser
+
+
+def _print_verbs() -> None:
+    lines = ["usage: nemotron3 VERB key=value ...   (nemotron3 VERB --help says more)", ""]
+    lines += [f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _plan(overrides: list[str], as_json: bool) -> int:
+    from rich.console import Console
+
+    from nemotron3_megatron.config import compose, resolve
+    from nemotron3_megatron.plan import report
+
+    recipe, origins = compose(overrides)
+    run = resolve(recipe, recipe.world_size or 1, origins)
+    if as_json:
+        sys.stdout.write(report.as_json(run) + "\n")
+    else:
+        report.show(run, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
+    return 0
+
+
+def _doctor(overrides: list[str], as_json: bool) -> int:
+    from nemotron3_megatron.platform.doctor import run_doctor
+
+    if overrides:
+        raise UserError(overrides[0], where="command line", why="doctor takes no values", nearest="nemotron3 doctor")
+    status: int = run_doctor(as_json)
+    return status
+
+
+def _report(overrides: list[str], _as_json: bool) -> int:
+    from nemotron3_megatron.telemetry.report import report_main
+
+    status: int = report_main(overrides)
+    return status
+
+
+def _generate(overrides: list[str], _as_json: bool) -> int:
+    from nemotron3_megatron.evaluate.generate import generate_main
+
+    status: int = generate_main(overrides)
+    return status
+
+
+VERBS = {
+    "plan": Verb(
+        _plan,
+        "print the resolved run: origin of each value, layers, parameters, layout, schedule; starts nothing",
+        "nemotron3 plan recipe=NAME [world_size=N] [key=value ...] [--json]\n"
+        "world_size defaults to the recipe's. The keys are those of train.py (see train.py --help).",
+        has_json=True,
+    ),
+    "doctor": Verb(
+        _doctor,
+        "report versions, devices, and which optional packages are missing and what that costs",
+        "nemotron3 doctor [--json]",
+        has_json=True,
+    ),
+    "report": Verb(
+        _report,
+        "draw the loss curves of a run from its metrics.jsonl: PNG and terminal",
+        "nemotron3 report run_dir=PATH",
+    ),
+    "generate": Verb(
+        _generate,
+        "continue a prompt with a trained checkpoint",
+        "nemotron3 generate checkpoint=DIR prompt=TEXT",
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""Recipes: composed from YAML, typed, resolved once into a ``Run``."""
+
+from nemotron3_megatron.config.compose import compose
+from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.recipe import Recipe
+from nemotron3_megatron.config.resolve import check_data, resolve
+from nemotron3_megatron.config.run import Origin, Run
+
+__all__ = ["Origin", "Recipe", "Run", "UserError", "check_data", "compose", "resolve"]

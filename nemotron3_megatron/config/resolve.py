@@ -1,0 +1,102 @@
+"""A recipe and a world size in, a run out: pure, and nothing is left to decide afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemotron3_megatron.config.duration import Duration
+from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.legality import check
+from nemotron3_megatron.config.pipeline import hybrid_layer_pattern
+from nemotron3_megatron.config.recipe import Recipe
+from nemotron3_megatron.config.rules import data_parallel_size, sequence_parallel
+from nemotron3_megatron.config.run import Layout, Origin, Run
+from nemotron3_megatron.config.schedule import resolve_schedule, resolve_stages
+
+
+def resolve(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> Run:
+    """Derive every number of a run.
+
+    Args:
+        recipe: as composed.
+        world_size: ranks of the whole run.
+        origins: where values were set, for messages and for the record; those equal to their default are dropped.
+
+    Raises:
+        UserError: the recipe cannot run on this many ranks.
+    """
+    check(recipe, world_size, origins)
+    layout = _layout(recipe, world_size)
+    stages = resolve_stages(recipe, layout.dp)
+    all_steps = stages[-1].end_step
+    per_step = stages[0].tokens_per_step
+    telemetry, checkpoint = recipe.telemetry, recipe.checkpoint
+    return Run(
+        name=recipe.name,
+        run_dir=Path(recipe.run_dir or f"runs/{recipe.name}"),
+        seed=recipe.seed,
+        device=recipe.device,
+        total_steps=all_steps if recipe.max_steps is None else min(all_steps, recipe.max_steps),
+        model=recipe.model,
+        precision=recipe.precision,
+        parallel=recipe.parallel,
+        layout=layout,
+        optimizer=recipe.optimizer,
+        schedule=resolve_schedule(recipe, stages),
+        stages=stages,
+        data=recipe.data,
+        checkpoint=checkpoint,
+        checkpoint_every_steps=_interval(checkpoint.every, per_step),
+        telemetry=telemetry,
+        log_every_steps=telemetry.log_every.in_steps(per_step),
+        eval_every_steps=_interval(telemetry.eval_every, per_step),
+        origins=tuple(origin for origin in origins if origin.value != origin.default),
+    )
+
+
+def check_data(run: Run) -> None:
+    """Refuse to train without data; planning needs none.
+
+    Raises:
+        UserError: no source, or a tokenizer or token file that does not exist.
+    """
+    if not run.data.sources:
+        raise UserError(
+            "data.sources",
+            why="is empty: there is nothing to train on",
+            nearest="data.sources.NAME.path=PREFIX of a .bin/.idx pair (see python -m data_prep --help)",
+        )
+    places = {origin.key: origin.place for origin in run.origins}
+    for group, sources in {"sources": run.data.sources, "validation": run.data.validation}.items():
+        for name, source in sources.items():
+            key = f"data.{group}.{name}.path"
+            for suffix in (".bin", ".idx"):
+                if not Path(source.path + suffix).is_file():
+                    raise UserError(
+                        f"{key}={source.path}",
+                        where=places.get(key),
+                        why=f"{source.path}{suffix} does not exist",
+                        nearest="make it with python -m data_prep (make quickstart does both)",
+                    )
+
+
+def _layout(recipe: Recipe, world_size: int) -> Layout:
+    parallel = recipe.parallel
+    longest = max(stage.seq_length for stage in recipe.stages.values())
+    return Layout(
+        world_size=world_size,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vpp=parallel.vpp,
+        cp=parallel.cp,
+        ep=parallel.ep,
+        etp=parallel.etp,
+        dp=data_parallel_size(recipe, world_size),
+        sequence_parallel=sequence_parallel(recipe),
+        hybrid_layer_pattern=hybrid_layer_pattern(recipe.model, parallel.pp * parallel.vpp, longest),
+    )
+
+
+def _interval(every: Duration | None, tokens_per_step: int) -> int | None:
+    return None if every is None else every.in_steps(tokens_per_step)

@@ -1,0 +1,412 @@
+"""The rules of what can run: model, layout, batch and schedule.
+
+Where a rule is Megatron-Core's own (0.19.2) its file is named; the others are ours. A rule may assume that the
+rules before it in ``RULES`` hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from nemotron3_megatron.config.duration import Duration
+from nemotron3_megatron.config.recipe import Recipe
+from nemotron3_megatron.config.schedule import resolve_schedule, resolve_stages
+from nemotron3_megatron.config.sizes import KINDS
+
+RECOMPUTABLE = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
+"""Megatron-Core ``transformer_config.py`` ``allowed_modules``, those that a Nemotron 3 model has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Values that cannot be together, and why."""
+
+    keys: tuple[str, ...]
+    why: str
+    hint: str | None = None
+    """What to write, when no nearby integer helps."""
+
+
+def data_parallel_size(recipe: Recipe, world_size: int) -> int:
+    """Copies of the model in the world."""
+    return world_size // (recipe.parallel.tp * recipe.parallel.pp * recipe.parallel.cp)
+
+
+def sequence_parallel(recipe: Recipe) -> bool:
+    """Whether activations between blocks are split along the sequence; on with tp > 1 unless set."""
+    chosen = recipe.parallel.sequence_parallel
+    return recipe.parallel.tp > 1 if chosen is None else chosen
+
+
+Rule = Callable[[Recipe, int], Iterator[Violation]]
+
+
+def ranges(recipe: Recipe, world_size: int) -> Iterator[Violation]:
+    """Each number alone is sensible."""
+    if world_size < 1:
+        yield Violation(("world_size",), "a run has at least one rank")
+    sizes = {
+        "model": (
+            "hidden_size",
+            "vocab_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "mamba_num_heads",
+            "mamba_head_dim",
+            "mamba_state_dim",
+            "mamba_num_groups",
+            "mamba_chunk_size",
+            "num_moe_experts",
+            "moe_router_topk",
+            "moe_ffn_hidden_size",
+        ),
+        "parallel": ("tp", "pp", "vpp", "cp", "ep", "etp"),
+        "telemetry": ("eval_batches",),
+    }
+    for group, names in sizes.items():
+        for name in names:
+            if getattr(getattr(recipe, group), name) < 1:
+                yield Violation((f"{group}.{name}",), "must be at least 1")
+    optional = {
+        "model.ffn_hidden_size": recipe.model.ffn_hidden_size,
+        "model.moe_shared_expert_intermediate_size": recipe.model.moe_shared_expert_intermediate_size,
+        "model.moe_latent_size": recipe.model.moe_latent_size,
+        "checkpoint.keep_last": recipe.checkpoint.keep_last,
+        "max_steps": recipe.max_steps,
+    }
+    for key, value in optional.items():
+        if value is not None and value < 1:
+            yield Violation((key,), "must be at least 1, or null")
+    for key, value in {
+        "seed": recipe.seed,
+        "model.mtp_depths": recipe.model.mtp_depths,
+        "data.num_prefetch": recipe.data.num_prefetch,
+    }.items():
+        if value < 0:
+            yield Violation((key,), "must not be negative")
+
+
+def real_numbers(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
+    """Learning rate, betas, weights and the like."""
+    optimizer, model = recipe.optimizer, recipe.model
+    if optimizer.lr <= 0:
+        yield Violation(("optimizer.lr",), "must be positive", "optimizer.lr=1e-3")
+    if not 0 <= optimizer.min_lr <= optimizer.lr:
+        why = f"must be between 0 and optimizer.lr={optimizer.lr}"
+        yield Violation(("optimizer.min_lr", "optimizer.lr"), why, f"optimizer.min_lr={optimizer.lr / 100:g}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            yield Violation((f"optimizer.{name}",), "must be in [0, 1)", f"optimizer.{name}=0.9")
+    for key, number in {
+        "optimizer.adam_eps": optimizer.adam_eps,
+        "model.layernorm_epsilon": model.layernorm_epsilon,
+        "model.init_method_std": model.init_method_std,
+        "model.moe_router_topk_scaling_factor": model.moe_router_topk_scaling_factor,
+    }.items():
+        if number <= 0:
+            yield Violation((key,), "must be positive")
+    for key, number in {
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "optimizer.clip_grad": optimizer.clip_grad,
+        "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "model.moe_router_bias_update_rate": model.moe_router_bias_update_rate,
+        "model.mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
+    }.items():
+        if number < 0:
+            yield Violation((key,), "must not be negative", f"{key}=0.0")
+
+
+def pattern(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
+    """Layer symbols, and what each kind of layer needs."""
+    model = recipe.model
+    for key, text in {"model.pattern": model.pattern, "model.mtp_pattern": model.mtp_pattern}.items():
+        wrong = sorted(set(text) - set(KINDS))
+        if wrong:
+            legal = "".join(symbol for symbol in text if symbol in KINDS)
+            why = f"has {' '.join(wrong)}; the symbols are M Mamba-2, * attention, E mixture of experts, - MLP"
+            extra = {"|": "; pipeline cuts come from parallel.pp and vpp", "/": "; MTP has model.mtp_pattern"}
+            yield Violation((key,), why + "".join(extra.get(symbol, "") for symbol in wrong), f"{key}='{legal}'")
+    if not model.pattern:
+        yield Violation(("model.pattern",), "a model has at least one layer", "model.pattern='MEM*E'")
+    if model.mtp_depths and not model.mtp_pattern:
+        yield Violation(
+            ("model.mtp_depths",),
+            "model.mtp_pattern is empty, so there is nothing to repeat",
+            "model.mtp_pattern='*E' or model.mtp_depths=0",
+        )
+    if model.mtp_pattern and not model.mtp_depths:
+        yield Violation(
+            ("model.mtp_pattern",),
+            "model.mtp_depths is 0, so these layers would not exist",
+            "model.mtp_depths=2 or model.mtp_pattern=''",
+        )
+    if "-" in _all_layers(recipe) and model.ffn_hidden_size is None:
+        yield Violation(
+            ("model.ffn_hidden_size",),
+            "the pattern has an MLP layer (-), whose width is not set",
+            f"model.ffn_hidden_size={4 * model.hidden_size}",
+        )
+
+
+def experts(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
+    """Mixture of experts (Megatron-Core ``moe_layer.py``, ``token_dispatcher.py``)."""
+    model, parallel = recipe.model, recipe.parallel
+    if "E" not in _all_layers(recipe):
+        for name in ("ep", "etp"):
+            if getattr(parallel, name) > 1:
+                yield Violation((f"parallel.{name}",), "the pattern has no mixture-of-experts layer (E)")
+        return
+    if model.moe_router_topk > model.num_moe_experts:
+        yield Violation(
+            ("model.moe_router_topk", "model.num_moe_experts"),
+            f"a token cannot go to {model.moe_router_topk} of {model.num_moe_experts} experts",
+        )
+    if model.moe_latent_size is not None and model.moe_latent_size >= model.hidden_size:
+        yield Violation(
+            ("model.moe_latent_size",), f"must be below hidden_size={model.hidden_size}; null works in hidden_size"
+        )
+    if model.num_moe_experts % parallel.ep:
+        yield Violation(
+            ("parallel.ep", "model.num_moe_experts"),
+            f"{model.num_moe_experts} experts cannot be spread evenly over {parallel.ep} ranks",
+        )
+    if model.moe_ffn_hidden_size % parallel.etp:
+        yield Violation(
+            ("parallel.etp", "model.moe_ffn_hidden_size"),
+            f"an expert of width {model.moe_ffn_hidden_size} cannot be split {parallel.etp} ways",
+        )
+    if parallel.moe_token_dispatcher_type == "flex" and (parallel.tp * parallel.ep == 1 or recipe.device == "cpu"):
+        yield Violation(
+            ("parallel.moe_token_dispatcher_type",),
+            "flex needs CUDA and tp*ep > 1",
+            "parallel.moe_token_dispatcher_type=alltoall",
+        )
+
+
+def tensor_parallel(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
+    """Widths against tp (Megatron-Core ``transformer_config.py``, ``attention.py``, ``moe_layer.py``)."""
+    model, parallel = recipe.model, recipe.parallel
+    tp = parallel.tp
+    if model.num_attention_heads % model.num_query_groups:
+        yield Violation(
+            ("model.num_query_groups", "model.num_attention_heads"),
+            f"{model.num_attention_heads} query heads cannot share {model.num_query_groups} KV heads",
+        )
+    widths = {"model.num_attention_heads": model.num_attention_heads, "model.vocab_size": model.vocab_size}
+    layers = _all_layers(recipe)
+    if "E" in layers and model.moe_shared_expert_intermediate_size is not None:
+        widths["model.moe_shared_expert_intermediate_size"] = model.moe_shared_expert_intermediate_size
+    if "-" in layers and model.ffn_hidden_size is not None:
+        widths["model.ffn_hidden_size"] = model.ffn_hidden_size
+    for key, width in widths.items():
+        if width % tp:
+            yield Violation(("parallel.tp", key), f"{key}={width} cannot be split {tp} ways")
+    groups = model.num_query_groups
+    if groups % tp and tp % groups:
+        why = f"{groups} KV heads can be neither split nor replicated evenly over tp={tp}"
+        yield Violation(("parallel.tp", "model.num_query_groups"), why)
+    if parallel.sequence_parallel and tp == 1:
+        yield Violation(
+            ("parallel.sequence_parallel",),
+            "is a part of tensor parallelism and needs tp > 1",
+            "parallel.sequence_parallel=null or parallel.tp=2",
+        )
+    if parallel.sequence_parallel is False and tp > 1 and "E" in layers:
+        yield Violation(
+            ("parallel.sequence_parallel",),
+            "mixture of experts with tp > 1 needs it",
+            "parallel.sequence_parallel=true or parallel.tp=1",
+        )
+
+
+def mamba(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
+    """Mamba heads and groups against tp and cp (Megatron-Core ``mamba_mixer.py``, ``mamba_context_parallel.py``)."""
+    model, parallel = recipe.model, recipe.parallel
+    heads, groups, tp, cp = model.mamba_num_heads, model.mamba_num_groups, parallel.tp, parallel.cp
+    if "M" not in _all_layers(recipe):
+        return
+    if heads % groups:
+        yield Violation(
+            ("model.mamba_num_groups", "model.mamba_num_heads"),
+            f"{heads} Mamba heads cannot be divided into {groups} groups",
+        )
+    if groups % tp:
+        yield Violation(("parallel.tp", "model.mamba_num_groups"), f"{groups} Mamba groups cannot be split {tp} ways")
+    if heads % (tp * cp):
+        yield Violation(
+            ("parallel.cp", "parallel.tp", "model.mamba_num_heads"),
+            f"{heads} Mamba heads cannot be spread over tp*cp = {tp * cp} ranks",
+        )
+    local = max(groups // tp, 1)
+    if local % cp and cp % local:
+        why = f"the {local} Mamba groups of a tp rank can be neither split nor replicated evenly over cp={cp}"
+        yield Violation(("parallel.cp", "model.mamba_num_groups"), why)
+
+
+def world(recipe: Recipe, world_size: int) -> Iterator[Violation]:
+    """The world against the layout (Megatron-Core ``parallel_state.py``)."""
+    parallel = recipe.parallel
+    dense = parallel.tp * parallel.pp * parallel.cp
+    if world_size % dense:
+        why = f"one model takes tp*pp*cp = {parallel.tp}*{parallel.pp}*{parallel.cp} = {dense} ranks"
+        keys = tuple(f"parallel.{name}" for name in ("tp", "pp", "cp") if getattr(parallel, name) > 1)
+        yield Violation((*keys, "world_size"), f"{why}, and the world has {world_size}")
+    expert = parallel.etp * parallel.ep * parallel.pp
+    if world_size % expert:
+        why = f"one set of experts takes etp*ep*pp = {parallel.etp}*{parallel.ep}*{parallel.pp} = {expert} ranks"
+        keys = tuple(f"parallel.{name}" for name in ("ep", "etp", "pp") if getattr(parallel, name) > 1)
+        yield Violation((*keys, "world_size"), f"{why}, and the world has {world_size}")
+
+
+def pipeline(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
+    """Layers against pipeline segments (Megatron-Core ``hybrid_layer_allocation.py``)."""
+    parallel, layers = recipe.parallel, len(recipe.model.pattern)
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield Violation(
+            ("parallel.vpp",), "interleaving needs more than one pipeline stage", "parallel.vpp=1 or parallel.pp=2"
+        )
+    if parallel.pp * parallel.vpp > layers:
+        why = f"{layers} layers cannot fill pp*vpp = {parallel.pp * parallel.vpp} segments"
+        yield Violation(("parallel.pp", "parallel.vpp"), why)
+
+
+def options(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
+    """Options that would have no effect, or that Megatron-Core refuses."""
+    parallel = recipe.parallel
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        yield Violation(
+            ("parallel.overlap_param_gather",),
+            "needs distributed_optimizer and overlap_grad_reduce",
+            "parallel.overlap_grad_reduce=true parallel.distributed_optimizer=true",
+        )
+    if parallel.recompute_modules and parallel.recompute != "selective":
+        yield Violation(
+            ("parallel.recompute_modules",),
+            f"has no effect with recompute={parallel.recompute}",
+            "parallel.recompute=selective",
+        )
+    for module in parallel.recompute_modules:
+        if module not in RECOMPUTABLE:
+            yield Violation(
+                ("parallel.recompute_modules",),
+                f"{module} is none of {', '.join(RECOMPUTABLE)}",
+                f"parallel.recompute_modules=[{RECOMPUTABLE[0]}]",
+            )
+    if parallel.recompute == "selective" and not parallel.recompute_modules:
+        yield Violation(
+            ("parallel.recompute",),
+            "selective recomputation names its modules",
+            "parallel.recompute_modules=[core_attn]",
+        )
+    if not 0 <= recipe.data.eod_token < recipe.model.vocab_size:
+        yield Violation(("data.eod_token", "model.vocab_size"), "is not a token of the vocabulary")
+    for group in ("sources", "validation"):
+        for name, source in getattr(recipe.data, group).items():
+            if source.weight <= 0:
+                yield Violation((f"data.{group}.{name}.weight",), "must be positive", f"~data.{group}.{name}")
+
+
+def batches(recipe: Recipe, world_size: int) -> Iterator[Violation]:
+    """Sequence lengths and batches of each stage against the layout."""
+    parallel = recipe.parallel
+    dp = data_parallel_size(recipe, world_size)
+    if not recipe.stages:
+        yield Violation(
+            ("stages",),
+            "a run has at least one stage",
+            "stages.main={tokens: 1M tokens, seq_length: 256, global_batch_size: 16}",
+        )
+    for name, stage in recipe.stages.items():
+        key = f"stages.{name}"
+        for size in ("seq_length", "global_batch_size", "micro_batch_size"):
+            if getattr(stage, size) < 1:
+                yield Violation((f"{key}.{size}",), "must be at least 1")
+                return
+        if parallel.cp > 1 and stage.seq_length % (2 * parallel.cp):
+            why = f"context parallelism cuts a sequence into 2*cp = {2 * parallel.cp} chunks"
+            yield Violation((f"{key}.seq_length", "parallel.cp"), why)
+        if sequence_parallel(recipe) and stage.seq_length % (parallel.tp * parallel.cp):
+            why = f"sequence parallelism splits it over tp*cp = {parallel.tp * parallel.cp} ranks"
+            yield Violation((f"{key}.seq_length", "parallel.tp"), why)
+        together = stage.micro_batch_size * dp
+        if stage.global_batch_size % together:
+            why = (
+                f"{stage.global_batch_size} sequences cannot be dealt in micro-batches of"
+                f" {stage.micro_batch_size} to {dp} data-parallel ranks"
+            )
+            yield Violation((f"{key}.global_batch_size", f"{key}.micro_batch_size", "world_size"), why)
+        elif parallel.vpp > 1 and stage.global_batch_size // together % parallel.pp:
+            why = f"interleaving needs micro-batches ({stage.global_batch_size // together}) in multiples of pp"
+            yield Violation((f"{key}.global_batch_size", "parallel.pp"), f"{why}={parallel.pp}")
+
+
+def durations(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
+    """Durations are positive and not in wall-clock time."""
+    optional: dict[str, Duration | None] = {
+        **{f"stages.{name}.tokens": stage.tokens for name, stage in recipe.stages.items()},
+        "checkpoint.every": recipe.checkpoint.every,
+        "telemetry.log_every": recipe.telemetry.log_every,
+        "telemetry.eval_every": recipe.telemetry.eval_every,
+        "optimizer.lr_decay": recipe.optimizer.lr_decay,
+        "optimizer.lr_wsd_decay": recipe.optimizer.lr_wsd_decay,
+        "optimizer.lr_warmup": recipe.optimizer.lr_warmup,
+    }
+    for key, duration in optional.items():
+        if duration is None:
+            continue
+        if duration.unit == "seconds":
+            yield Violation((key,), "is a wall-clock time; count it in steps or tokens", f"{key}='100 steps'")
+        elif duration.value <= 0 and key != "optimizer.lr_warmup":
+            yield Violation((key,), "must be positive", f"{key}='100 steps'")
+    wsd = recipe.optimizer.lr_decay_style == "WSD"
+    if wsd and recipe.optimizer.lr_wsd_decay is None:
+        yield Violation(
+            ("optimizer.lr_wsd_decay",),
+            "WSD needs the length of its decay tail",
+            "optimizer.lr_wsd_decay='500 steps' or optimizer.lr_decay_style=cosine",
+        )
+    if not wsd and recipe.optimizer.lr_wsd_decay is not None:
+        yield Violation(
+            ("optimizer.lr_wsd_decay",),
+            f"has no effect with {recipe.optimizer.lr_decay_style} decay",
+            "optimizer.lr_wsd_decay=null",
+        )
+
+
+def schedule(recipe: Recipe, world_size: int) -> Iterator[Violation]:
+    """Warmup and decay tail fit before the end of the decay."""
+    shape = resolve_schedule(recipe, resolve_stages(recipe, data_parallel_size(recipe, world_size)))
+    used = shape.warmup_tokens + shape.wsd_decay_tokens
+    if used > shape.decay_end_tokens:
+        why = (
+            f"warmup of {shape.warmup_tokens:,} and decay tail of {shape.wsd_decay_tokens:,} tokens do not fit"
+            f" into the {shape.decay_end_tokens:,} tokens before the decay ends"
+        )
+        tail, end = shape.wsd_decay_tokens, shape.decay_end_tokens
+        if tail <= end:
+            yield Violation(("optimizer.lr_warmup",), why, f"optimizer.lr_warmup='{end - tail} tokens'")
+        yield Violation(
+            ("optimizer.lr_wsd_decay",), why, f"optimizer.lr_wsd_decay='{max(end - shape.warmup_tokens, 1)} tokens'"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    ranges,
+    real_numbers,
+    pattern,
+    experts,
+    tensor_parallel,
+    mamba,
+    world,
+    pipeline,
+    options,
+    batches,
+    durations,
+    schedule,
+)
+
+
+def _all_layers(recipe: Recipe) -> str:
+    return recipe.model.pattern + recipe.model.mtp_pattern

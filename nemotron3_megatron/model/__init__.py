@@ -1,0 +1,1 @@
+"""The model: layer pattern -> Megatron-Core HybridModel, with torch and Transformer Engine module specs."""

@@ -1,0 +1,88 @@
+"""Run -> model chunks of this rank, with weights that depend on nothing but the seed."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
+
+from nemotron3_megatron.config.recipe import ModelConfig
+from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.model.hybrid import Nemotron3Model
+from nemotron3_megatron.model.initialize import initialize
+from nemotron3_megatron.model.transformer_config import transformer_config
+from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.platform.base import Spec
+
+FLOAT32_PARAMETERS = ("mixer.A_log", "mixer.D", "mixer.dt_bias", "router.weight")
+"""Kept in FP32 in a BF16 model: Mamba-2's recurrence is exponential in them, and routing decides on small gaps."""
+
+
+def build_model(run: Run, platform: Platform, groups: ProcessGroupCollection) -> list[Nemotron3Model]:
+    """Build and initialise this rank's model, one module for each virtual pipeline chunk.
+
+    Args:
+        run: architecture, layout, precision and seed.
+        platform: device and kernels.
+        groups: process groups of the layout (``parallel.start_groups``).
+    """
+    implementation = platform.default_spec if run.model.spec == "auto" else run.model.spec
+    config = transformer_config(run, platform.megatron_flags(implementation))
+    spec = stack_spec(run.model, implementation)
+    chunks = []
+    for vp_stage in range(run.layout.vpp):
+        stage = vp_stage if run.layout.vpp > 1 else None
+        chunk = Nemotron3Model(
+            config=config,
+            hybrid_stack_spec=spec,
+            vocab_size=run.model.vocab_size,
+            max_sequence_length=max(s.seq_length for s in run.stages),
+            hybrid_layer_pattern=run.layout.hybrid_layer_pattern,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",
+            pg_collection=groups,
+            vp_stage=stage,
+        )
+        _keep_float32(chunk)
+        chunk.to(platform.device)
+        _initialize(chunk, run, groups)
+        chunks.append(chunk)
+    return chunks
+
+
+def stack_spec(model: ModelConfig, implementation: Spec) -> ModuleSpec:
+    """The hybrid stack in the given implementation (imported on demand: ``te`` needs its packages)."""
+    if implementation == "te":
+        from nemotron3_megatron.model.specs.te import te_stack_spec
+
+        return te_stack_spec(model.mamba_chunk_size, model.num_moe_experts)
+    from nemotron3_megatron.model.specs.torch import torch_stack_spec
+
+    return torch_stack_spec(model.mamba_chunk_size)
+
+
+def model_sharded_state(chunk: nn.Module, groups: ProcessGroupCollection) -> ShardedStateDict:
+    """The chunk's tensors with their global names and offsets: the basis of checkpoints and initialisation."""
+    return chunk.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp, "singleton_local_shards": False})
+
+
+def _keep_float32(chunk: nn.Module) -> None:
+    for name, parameter in chunk.named_parameters():
+        if name.endswith(FLOAT32_PARAMETERS):
+            parameter.data = parameter.data.float()
+
+
+def _initialize(chunk: Nemotron3Model, run: Run, groups: ProcessGroupCollection) -> None:
+    written = initialize(model_sharded_state(chunk, groups), run.model, run.seed)
+    expected = sum(t.numel() for t in (*chunk.parameters(), *_saved_buffers(chunk)))
+    if written != expected:
+        raise RuntimeError(f"initialised {written} of {expected} elements: a parameter has no global name")
+
+
+def _saved_buffers(chunk: nn.Module) -> list[torch.Tensor]:
+    return [buffer for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")]

@@ -1,0 +1,110 @@
+"""Mamba-2 mixers: Megatron-Core's projections, sharding and context parallelism around a choice of kernels."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm.mamba_mixer import MambaMixer
+from torch import Tensor
+
+from nemotron3_megatron.model.gated_norm import GatedRMSNorm
+from nemotron3_megatron.model.mamba2 import mamba2_mix
+
+MAMBA_NORM_EPSILON = 1e-5
+"""Epsilon of the gated norm, fixed in Megatron-Core's mixer (core/ssm/mamba_mixer.py)."""
+
+
+class DocumentMambaMixer(MambaMixer):  # type: ignore[misc]
+    """Training forward that resets state and convolution at document boundaries, also under context parallelism.
+
+    Megatron-Core's own forward lays packed sequences out per document when CP > 1; here the sequence is laid out
+    as a whole (the same zig-zag as without documents) and the boundaries travel as document indices.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_context: object = None,
+        *,
+        inference_params: object = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (S, B, H) -> (S, B, H), bias None."""
+        if inference_context is not None or inference_params is not None:
+            raise NotImplementedError("this mixer trains; it keeps no inference state")
+        projected, _ = self.in_proj(hidden_states)
+        whole = self.cp.pre_conv_ssm(projected).transpose(0, 1).contiguous()
+        documents = None if packed_seq_params is None else packed_seq_params.seq_idx
+        mixed = self.mix(whole, documents).transpose(0, 1).contiguous()
+        output: tuple[Tensor, Tensor | None] = self.out_proj(self.norm(self.cp.post_conv_ssm(mixed)))
+        return output
+
+    @abstractmethod
+    def mix(self, zxbcdt: Tensor, documents: Tensor | None) -> Tensor:
+        """Convolution, scan and gate: zxbcdt (B, G, z + x + B + C + dt), documents (B, G) -> (B, G, inner)."""
+
+
+class TorchMambaMixer(DocumentMambaMixer):
+    """The mixer on pure-torch kernels: any device."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _let_constructor_pass()
+        super().__init__(*args, **kwargs)
+        tp_group = self.norm.tp_group
+        self.norm = GatedRMSNorm(
+            self.d_inner_local_tp,
+            eps=MAMBA_NORM_EPSILON,
+            group_size=self.d_inner_local_tp // self.ngroups_local_tp,
+            norm_before_gate=False,
+            device=self.norm.weight.device,
+            dtype=self.config.params_dtype,
+        )
+        self.norm.tp_group = tp_group
+        self.norm.weight.tensor_model_parallel = True
+        self.norm.weight.partition_dim = 0
+
+    def mix(self, zxbcdt: Tensor, documents: Tensor | None) -> Tensor:
+        return mamba2_mix(
+            zxbcdt,
+            self.cp.get_conv1d_weight().squeeze(1),
+            self.cp.get_conv1d_bias(),
+            self.cp.get_dt_bias(),
+            -torch.exp(self.cp.get_A_log().float()),
+            self.cp.get_D(),
+            head_dim=self.headdim,
+            num_groups=self.cp.ngroups_local_tpcp,
+            chunk_size=self.chunk_size,
+            seq_idx=documents,
+        )
+
+
+class FusedMambaMixer(DocumentMambaMixer):
+    """The mixer on mamba-ssm's fused Triton and causal-conv1d kernels: CUDA."""
+
+    def mix(self, zxbcdt: Tensor, documents: Tensor | None) -> Tensor:
+        fused: Tensor = mamba_mixer.mamba_split_conv1d_scan_combined(
+            zxbcdt,
+            self.cp.get_conv1d_weight().squeeze(1),
+            self.cp.get_conv1d_bias(),
+            self.cp.get_dt_bias().float(),
+            -torch.exp(self.cp.get_A_log().float()),
+            D=self.cp.get_D(),
+            chunk_size=self.chunk_size,
+            activation=self.activation,
+            headdim=self.headdim,
+            ngroups=self.cp.ngroups_local_tpcp,
+            norm_before_gate=self.norm_before_gate,
+            seq_idx=documents,
+        )
+        return fused
+
+
+def _let_constructor_pass() -> None:
+    """Without mamba-ssm, Megatron's constructor refuses to build although none of its kernels is called here."""
+    if not mamba_mixer.HAVE_MAMBA_SSM:
+        mamba_mixer.HAVE_MAMBA_SSM = True
+        mamba_mixer.ExtendedRMSNorm = GatedRMSNorm

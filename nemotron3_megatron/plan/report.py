@@ -1,0 +1,118 @@
+"""What a run will be, before anything starts: for people, and as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import groupby
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.plan.counts import Counts, Layer, count_parameters, flops_per_token
+
+
+def as_json(run: Run) -> str:
+    """The plan as data (names are stable, see the design)."""
+    counts = count_parameters(run.model)
+    first = run.stages[0]
+    plan = {
+        "recipe": run.name,
+        "world_size": run.layout.world_size,
+        "parameters": {"total": counts.total, "mtp": counts.mtp, "active": counts.active},
+        "layers": [asdict(layer) for layer in counts.layers],
+        "layout": asdict(run.layout),
+        "stages": [asdict(stage) for stage in run.stages],
+        "schedule": asdict(run.schedule),
+        "tokens_per_step": first.tokens_per_step,
+        "steps": run.total_steps,
+        "flops_per_token": flops_per_token(run.model, first.seq_length),
+        "origins": [asdict(origin) for origin in run.origins],
+    }
+    return json.dumps(plan, indent=2)
+
+
+def show(run: Run, console: Console) -> None:
+    """Print the plan: what, how large, on what layout, when, and who set which value."""
+    counts = count_parameters(run.model)
+    console.print(f"[bold]{escape(run.name)}[/bold] on {run.layout.world_size} ranks, into {escape(str(run.run_dir))}\n")
+    for table in (_parameters(counts), _layers(counts), _layout(run), _schedule(run), _origins(run)):
+        console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if 0 < index < len(columns) - 1 else "left", overflow="fold")
+    return table
+
+
+def _parameters(counts: Counts) -> Table:
+    table = _table("Parameters", "", "count", "")
+    for name, count in (("total", counts.total), ("active per token", counts.active), ("MTP, beside", counts.mtp)):
+        table.add_row(name, f"{count:,}", f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M")
+    return table
+
+
+def _layers(counts: Counts) -> Table:
+    """Layers of a kind have one size, so one row says it all."""
+    table = _table("Layers", "kind", "layers", "parameters each", "parameters", "at")
+
+    def kind(layer: Layer) -> str:
+        return layer.kind
+
+    for name, group in groupby(sorted(counts.layers, key=kind), kind):
+        layers = list(group)
+        each, indices = layers[0].parameters, ", ".join(str(layer.index) for layer in layers[:12])
+        more = f", ... {layers[-1].index}" if len(layers) > 12 else ""
+        table.add_row(name, str(len(layers)), f"{each:,}", f"{each * len(layers):,}", indices + more)
+    return table
+
+
+def _layout(run: Run) -> Table:
+    layout = run.layout
+    table = _table("Layout", "", "ranks", "")
+    note = "sequence parallel" if layout.sequence_parallel else ""
+    rows = {
+        "TP": (layout.tp, note),
+        "PP": (layout.pp, f"{layout.vpp} chunks a rank" if layout.vpp > 1 else ""),
+        "CP": (layout.cp, ""),
+        "EP": (layout.ep, f"expert tensor parallel {layout.etp}"),
+        "DP": (layout.dp, "distributed optimizer" if run.parallel.distributed_optimizer else ""),
+    }
+    for name, (size, text) in rows.items():
+        table.add_row(name, str(size), text)
+    table.add_row("pattern", "", layout.hybrid_layer_pattern)
+    return table
+
+
+def _schedule(run: Run) -> Table:
+    schedule = run.schedule
+    title = (
+        f"Schedule: lr {schedule.max_lr:g} to {schedule.min_lr:g} ({schedule.decay_style}), warmup"
+        f" {schedule.warmup_tokens:,}, tail {schedule.wsd_decay_tokens:,}, decay ends at"
+        f" {schedule.decay_end_tokens:,} tokens; stops after step {run.total_steps:,}"
+    )
+    table = _table(title, "stage", "steps", "tokens", "sequence", "global batch", "micro-batches")
+    for stage in run.stages:
+        tokens = f"{stage.steps * stage.tokens_per_step:,}"
+        micro = f"{stage.num_microbatches} of {stage.micro_batch_size}"
+        table.add_row(
+            stage.name, f"{stage.steps:,}", tokens, f"{stage.seq_length:,}", f"{stage.global_batch_size:,}", micro
+        )
+    return table
+
+
+def _origins(run: Run) -> Table:
+    table = Table(title="Values that differ from their default", title_justify="left", title_style="bold", box=SIMPLE)
+    table.add_column("key", overflow="fold")
+    table.add_column("value", overflow="fold", min_width=16)
+    table.add_column("default", overflow="fold", style="dim", min_width=8)
+    table.add_column("set in", no_wrap=True)
+    for origin in run.origins:
+        place = origin.place.removeprefix("recipes/")
+        table.add_row(origin.key, escape(origin.value), escape(origin.default), escape(place))
+    return table

@@ -1,0 +1,7 @@
+"""Telemetry: what a run records, where it is written, and how it is shown."""
+
+from __future__ import annotations
+
+from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
+
+__all__ = ["EvalRecord", "StepRecord"]

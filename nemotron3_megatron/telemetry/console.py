@@ -1,0 +1,96 @@
+"""The console: one aligned line a logged step, coloured on a terminal, plain in a log file.
+
+    step  120/600  20.0%  loss 5.1234  mtp 5.8123 6.0211  |g|   1.23  lr 8.00e-04  12.3k tok/s  eta 3m12s
+"""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console as Terminal
+from rich.text import Text
+
+from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry.throughput import Pace, format_count, format_duration
+
+
+class Console:
+    """Shows every ``run.log_every_steps``-th step, the first and last ones, and every refused update."""
+
+    def __init__(self, run: Run, terminal: Terminal | None = None) -> None:
+        self._run = run
+        self._terminal = terminal or Terminal(soft_wrap=True)
+        self._total_tokens = run.tokens_at(run.total_steps)
+        self._seconds_per_token = Pace()
+        self._first = True
+
+    def write(self, record: StepRecord) -> None:
+        """Show a step when it is due."""
+        if record.tokens_per_s > 0:
+            self._seconds_per_token.add(1 / record.tokens_per_s)
+        last = record.step == self._run.total_steps
+        due = record.step % self._run.log_every_steps == 0 or self._first or last or record.skipped
+        self._first = False
+        if due:
+            eta = self._seconds_per_token.remaining(self._total_tokens - record.tokens)
+            self._show(step_line(record, self._run.total_steps, eta, with_stage=len(self._run.stages) > 1))
+
+    def write_eval(self, record: EvalRecord) -> None:
+        """Show a validation pass."""
+        self._show(eval_line(record, self._run.total_steps))
+
+    def sync(self) -> None:
+        """Lines are shown as they are written."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _show(self, line: Text) -> None:
+        self._terminal.print(line, highlight=False, no_wrap=True, overflow="ignore", crop=False)
+
+
+def step_line(record: StepRecord, total_steps: int, eta_s: float | None, *, with_stage: bool = False) -> Text:
+    """The line of one step; columns stay aligned over a run.
+
+    Args:
+        record: the step.
+        total_steps: steps of the whole run.
+        eta_s: seconds to the end of the run; None when unknown.
+        with_stage: name the stage (runs with more than one).
+    """
+    line = _head("step", record.step, total_steps)
+    if with_stage:
+        line.append(f"  {record.stage}", "dim")
+    line.append("  loss ", "dim").append(_loss(record.loss), "bold green" if math.isfinite(record.loss) else "bold red")
+    _append_mtp(line, record.mtp_losses)
+    line.append("  |g| ", "dim").append(f"{record.grad_norm:6.{'0e' if record.grad_norm >= 1e3 else '2f'}}")
+    line.append("  lr ", "dim").append(f"{record.lr:.2e}")
+    line.append(f"  {format_count(record.tokens_per_s):>5}").append(" tok/s", "dim")
+    line.append("  eta ", "dim").append(format_duration(eta_s), "cyan")
+    if record.skipped:
+        line.append(f"  update refused: {record.skip_reason or 'no reason given'}", "bold red")
+    return line
+
+
+def eval_line(record: EvalRecord, total_steps: int) -> Text:
+    """The line of one validation pass, aligned with the lines of steps."""
+    line = _head("eval", record.step, total_steps)
+    line.append("  val  ", "dim").append(_loss(record.validation_loss), "bold yellow")
+    _append_mtp(line, record.mtp_losses)
+    return line
+
+
+def _head(word: str, step: int, total_steps: int) -> Text:
+    width = len(str(total_steps))
+    progress = f"{step:>{width}}/{total_steps}  {step / max(total_steps, 1):6.1%}"
+    return Text().append(f"{word} ", "dim").append(progress)
+
+
+def _append_mtp(line: Text, losses: tuple[float, ...]) -> None:
+    if losses:
+        line.append("  mtp ", "dim").append(" ".join(_loss(loss) for loss in losses))
+
+
+def _loss(value: float) -> str:
+    return f"{value:7.4f}"

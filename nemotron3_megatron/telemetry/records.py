@@ -1,0 +1,111 @@
+"""What is recorded of a run: one ``StepRecord`` an optimizer step, one ``EvalRecord`` a validation pass.
+
+A record is one JSON object on one line. Floats are written with ``repr``'s shortest form that reads back
+to the same bits, so two runs can be compared bitwise; a number that is not finite is written as ``null``
+(JSON has no NaN) and reads back as NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One optimizer step, whether its update was applied or refused.
+
+    Losses are means over the tokens of the global batch, in nats.
+    """
+
+    step: int
+    """Optimizer steps done, this one included (the first step is 1)."""
+    tokens: int
+    """Tokens seen since the start of the run, this step included."""
+    stage: str
+    loss: float
+    mtp_losses: tuple[float, ...] = ()
+    """One per multi-token-prediction depth; empty without MTP."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    lr: float
+    tokens_per_s: float
+    """Tokens of this step over its wall-clock time, all ranks together."""
+    step_time_s: float
+    skipped: bool = False
+    """The update was refused (non-finite gradients, spike policy); weights did not move."""
+    skip_reason: str = ""
+    peak_memory_gib: float | None = None
+    aux_loss: float | None = None
+    """Mixture-of-experts load-balancing loss, summed over layers."""
+
+    def to_json(self) -> str:
+        """One strict JSON object without a line break."""
+        return _dump(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of :meth:`to_json`; keys of newer versions are ignored.
+
+        Raises:
+            ValueError: the text is not a JSON object or lacks a required key.
+        """
+        fields = _load(text, cls.__slots__, ("loss", "grad_norm", "lr", "tokens_per_s", "step_time_s"))
+        return _construct(cls, fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRecord:
+    """One pass over the validation batches, after ``step`` optimizer steps; losses in nats per token."""
+
+    step: int
+    tokens: int
+    stage: str
+    validation_loss: float
+    mtp_losses: tuple[float, ...] = ()
+
+    def to_json(self) -> str:
+        """One strict JSON object without a line break."""
+        return _dump(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of :meth:`to_json`; keys of newer versions are ignored.
+
+        Raises:
+            ValueError: the text is not a JSON object or lacks a required key.
+        """
+        return _construct(cls, _load(text, cls.__slots__, ("validation_loss",)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _dump(fields: dict[str, Any]) -> str:
+    return json.dumps({key: _finite(value) for key, value in fields.items()}, allow_nan=False)
+
+
+def _load(text: str, names: tuple[str, ...], floats: tuple[str, ...]) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"a record is a JSON object, not {text[:60]!r}")
+    fields = {key: value for key, value in found.items() if key in names}
+    for key in floats:
+        if key in fields and fields[key] is None:
+            fields[key] = math.nan
+    fields["mtp_losses"] = tuple(math.nan if x is None else x for x in fields.get("mtp_losses", ()))
+    return fields
+
+
+def _construct[T](cls: type[T], fields: dict[str, Any]) -> T:
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"incomplete {cls.__name__}: {error}") from error

@@ -1,0 +1,78 @@
+"""Records of steps and validation passes, handed to the writers of rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry.throughput import tokens_per_second
+from nemotron3_megatron.telemetry.writers import Writer
+from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
+
+Evaluate = Callable[[StepEvent], tuple[float, ...]]
+
+
+class Recording(Callback):
+    """Turns step events into records; writers exist on rank 0 only."""
+
+    def __init__(self, platform: Platform, writers: Sequence[Writer]) -> None:
+        self._platform = platform
+        self._writers = writers
+
+    def step_done(self, event: StepEvent) -> None:
+        if not self._writers:
+            return
+        main, *depths = event.result.losses
+        update = event.result.update
+        reason = "" if update.applied else f"non-finite gradients in {_first_few(update.non_finite)}"
+        record = StepRecord(
+            step=event.step,
+            tokens=event.tokens,
+            stage=event.stage.name,
+            loss=main,
+            mtp_losses=tuple(depths),
+            grad_norm=update.grad_norm,
+            lr=event.lr,
+            tokens_per_s=tokens_per_second(event.stage.tokens_per_step, event.step_time_s),
+            step_time_s=event.step_time_s,
+            skipped=not update.applied,
+            skip_reason=reason,
+            peak_memory_gib=self._platform.peak_memory_bytes() / 2**30,
+        )
+        for writer in self._writers:
+            writer.write(record)
+
+    def finished(self, progress: Progress, stop: Stop | None) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+class Validation(Callback):
+    """Held-out loss every so many steps and after the last one."""
+
+    def __init__(self, run: Run, evaluate: Evaluate, writers: Sequence[Writer]) -> None:
+        self._every = run.eval_every_steps
+        self._evaluate = evaluate
+        self._writers = writers
+
+    def step_done(self, event: StepEvent) -> None:
+        due = self._every is not None and (event.step % self._every == 0 or event.last)
+        if not due:
+            return
+        main, *depths = self._evaluate(event)
+        record = EvalRecord(
+            step=event.step,
+            tokens=event.tokens,
+            stage=event.stage.name,
+            validation_loss=main,
+            mtp_losses=tuple(depths),
+        )
+        for writer in self._writers:
+            writer.write_eval(record)
+
+
+def _first_few(names: tuple[str, ...], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit]) or "an unknown parameter"
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

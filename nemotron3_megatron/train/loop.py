@@ -1,0 +1,56 @@
+"""The training loop: batches in, steps out, callbacks in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemotron3_megatron.data.training import TrainingData
+from nemotron3_megatron.telemetry.throughput import StepTimer
+from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
+from nemotron3_megatron.train.schedule import learning_rate
+from nemotron3_megatron.train.step import Trainer, train_step
+
+
+def run_steps(
+    trainer: Trainer, data: TrainingData, progress: Progress, callbacks: Sequence[Callback]
+) -> Stop | None:
+    """Train from ``progress`` to the run's last step, or until a callback asks to stop.
+
+    Returns:
+        Why the loop ended early, or None when the target was reached.
+    """
+    run = trainer.run
+    timer = StepTimer()
+    stop: Stop | None = None
+    for callback in callbacks:
+        callback.started(progress)
+    while progress.step < run.total_steps and stop is None:
+        stage = run.stage_at(progress.step)
+        lr = learning_rate(run.schedule, run.tokens_at(progress.step))
+        trainer.platform.synchronize()
+        timer.start()
+        result = train_step(trainer, data.next_step(stage), stage, lr)
+        trainer.platform.synchronize()
+        seconds = timer.stop()
+        progress.step += 1
+        stop = _first_stop(callbacks, progress.step)
+        event = StepEvent(
+            step=progress.step,
+            tokens=run.tokens_at(progress.step),
+            stage=stage,
+            lr=lr,
+            result=result,
+            step_time_s=seconds,
+            last=stop is not None or progress.step == run.total_steps,
+        )
+        for callback in callbacks:
+            callback.step_done(event)
+    for callback in reversed(callbacks):
+        callback.finished(progress, stop)
+    return stop
+
+
+def _first_stop(callbacks: Sequence[Callback], step: int) -> Stop | None:
+    """Every callback is asked on every rank: the question may be a collective."""
+    answers = [callback.wants_stop(step) for callback in callbacks]
+    return next((answer for answer in answers if answer is not None), None)

@@ -1,0 +1,132 @@
+"""The optimizer: Megatron-Core's DDP and (distributed) AdamW, and an update that refuses non-finite gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.model.hybrid import Nemotron3Model
+from nemotron3_megatron.model.transformer_config import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an optimizer step did."""
+
+    applied: bool
+    grad_norm: float
+    non_finite: tuple[str, ...] = ()
+    """Global names of the parameters whose gradients stopped the update."""
+
+
+def wrap_data_parallel(
+    chunks: list[Nemotron3Model], run: Run, groups: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
+    """Megatron-Core's DDP around every chunk: FP32 gradient accumulation and reduction, always.
+
+    (BF16 accumulation in the output layer caused Ultra's first divergence; Ultra report, stability section.)
+    """
+    parallel = run.parallel
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        # Our own update looks at every gradient and skips the step instead of raising on one rank.
+        check_for_nan_in_grad=False,
+    )
+    wrapped = []
+    for i, chunk in enumerate(chunks):
+        layout = None
+        bucket_free = i > 0 or groups.pp.rank() > 0 or not parallel.overlap_grad_reduce
+        if parallel.distributed_optimizer:
+            layout = DistributedOptimizer.compute_full_param_layout(
+                [p for p in chunk.parameters() if p.requires_grad],
+                None if bucket_free else max(40_000_000, 1_000_000 * groups.dp_cp.size()),
+                groups.dp_cp.size(),
+                config,
+                expert_data_parallel_world_size=groups.expt_dp.size(),
+            )
+        wrapped.append(
+            DistributedDataParallel(
+                chunk.config,
+                config,
+                chunk,
+                disable_bucketing=bucket_free,
+                pg_collection=groups,
+                full_param_layout=layout,
+            )
+        )
+    return wrapped
+
+
+def build_optimizer(
+    model: list[DistributedDataParallel], run: Run, groups: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """AdamW with FP32 master weights and moments; no weight decay on norms, biases and vectors.
+
+    The learning rate is set before every update by the loop.
+    """
+    options = run.optimizer
+    dtype = DTYPES[run.precision.dtype]
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=run.parallel.distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, model, use_gloo_process_groups=False, pg_collection=groups)
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Use ``lr`` in the next update, in every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+
+
+def update(optimizer: MegatronOptimizer, model: list[DistributedDataParallel], clip_grad: float) -> Update:
+    """Clip and apply the gradients, or leave weights and moments untouched when any gradient is not finite.
+
+    All ranks decide alike: the norm is computed over all of them.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return Update(False, norm, _non_finite_parameters(model))
+    if clip_grad > 0:
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return Update(True, norm)
+
+
+def _non_finite_parameters(model: list[DistributedDataParallel]) -> tuple[str, ...]:
+    """Names of parameters with a non-finite gradient on any rank."""
+    mine = [name for chunk in model for name in _non_finite_in(chunk.module)]
+    everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, mine)
+    return tuple(sorted({name for names in everyone for name in names}))
+
+
+def _non_finite_in(module: nn.Module) -> list[str]:
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all()  # type: ignore[attr-defined]
+    ]

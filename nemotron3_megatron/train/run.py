@@ -1,0 +1,99 @@
+"""A run from start to exit code; read this first."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from nemotron3_megatron.checkpoint.store import CheckpointStore
+from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.data.training import TrainingData, ValidationData
+from nemotron3_megatron.model.builder import build_model
+from nemotron3_megatron.parallel.groups import start_groups, stop_groups
+from nemotron3_megatron.platform import select
+from nemotron3_megatron.telemetry.writers import Writer, build_writers
+from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
+from nemotron3_megatron.train.callbacks.checkpointing import Checkpointing
+from nemotron3_megatron.train.callbacks.preemption import Preemption
+from nemotron3_megatron.train.callbacks.recording import Recording, Validation
+from nemotron3_megatron.train.loop import run_steps
+from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
+from nemotron3_megatron.train.record import write_run_record
+from nemotron3_megatron.train.step import Trainer, configure_schedule, evaluate
+
+_log = logging.getLogger(__name__)
+
+EXIT_DONE = 0
+EXIT_START_AGAIN = 75
+"""Saved, and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
+
+
+def train(run: Run) -> int:
+    """Train under torchrun until the run's target, resuming from its newest checkpoint.
+
+    Returns:
+        The process exit code: EXIT_DONE, or EXIT_START_AGAIN after a preemption.
+
+    Raises:
+        UserError: something the user can mend (device, data, checkpoint) is wrong.
+    """
+    platform = select(run.device)
+    platform.start(int(os.environ.get("LOCAL_RANK", "0")))
+    groups = start_groups(run, platform)
+    try:
+        chunks = build_model(run, platform, groups)
+        model = wrap_data_parallel(chunks, run, groups)
+        trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
+        configure_schedule(trainer)
+        data = TrainingData(run, groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
+        store = CheckpointStore(run.run_dir)
+        progress = _restore(trainer, data, store)
+        if torch.distributed.get_rank() == 0:
+            write_run_record(run, platform)
+        stop = run_steps(trainer, data, progress, _callbacks(trainer, data, store, progress))
+    finally:
+        stop_groups()
+    return EXIT_START_AGAIN if stop is Stop.PREEMPTED else EXIT_DONE
+
+
+def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> Progress:
+    """Continue from the run's newest complete checkpoint, else from ``checkpoint.load``, else start anew."""
+    options = trainer.run.checkpoint
+    newest = store.newest() if options.resume == "auto" else None
+    source = newest or store.resolve(options.load)
+    if source is None:
+        return Progress()
+    state = store.load(source, trainer.chunks, trainer.optimizer)
+    data.load_state_dict(state["data"], allow_data_change=options.allow_data_change)
+    if torch.distributed.get_rank() == 0:
+        _log.info("continuing from %s at step %d", source, state["step"])
+    return Progress(step=state["step"])
+
+
+def _callbacks(
+    trainer: Trainer, data: TrainingData, store: CheckpointStore, progress: Progress
+) -> list[Callback]:
+    """In the order in which they act after a step; they finish in reverse, so the last save finds writers open."""
+    run, groups = trainer.run, trainer.groups
+    rank_zero = torch.distributed.get_rank() == 0
+    writers: list[Writer] = build_writers(run, progress.step or None) if rank_zero else []
+    held_out = ValidationData(run, groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
+
+    def save(step: int) -> None:
+        for writer in writers:
+            writer.sync()
+        state: dict[str, Any] = {"step": step, "tokens": run.tokens_at(step), "data": data.state_dict()}
+        store.save(step, trainer.chunks, trainer.optimizer, state, keep_last=run.checkpoint.keep_last)
+
+    def held_out_loss(event: StepEvent) -> tuple[float, ...]:
+        return evaluate(trainer, held_out.batches(event.stage), event.stage)
+
+    return [
+        Preemption(trainer.platform.device),
+        Recording(trainer.platform, writers),
+        Validation(run, held_out_loss, writers),
+        Checkpointing(run, save),
+    ]

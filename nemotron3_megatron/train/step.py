@@ -1,0 +1,153 @@
+"""One optimizer step: micro-batches through the pipeline schedule, gradients finalised, weights updated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from nemotron3_megatron.config.run import Run, Stage
+from nemotron3_megatron.data.batch import MicroBatch
+from nemotron3_megatron.model.hybrid import Nemotron3Model
+from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.train.loss import LossWeights, loss_weights, mean_losses, weighted_loss
+from nemotron3_megatron.train.optimizer import Update, set_learning_rate, update
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Outcome of one optimizer step; the same on every rank."""
+
+    losses: tuple[float, ...]
+    """Mean loss of the main prediction, then of each MTP depth, over the global batch."""
+    update: Update
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """What a step works on."""
+
+    run: Run
+    platform: Platform
+    groups: ProcessGroupCollection
+    model: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+
+    @property
+    def chunks(self) -> list[Nemotron3Model]:
+        """The model chunks inside their data-parallel wrappers."""
+        return [wrapped.module for wrapped in self.model]
+
+
+def train_step(trainer: Trainer, batches: list[MicroBatch], stage: Stage, lr: float) -> StepResult:
+    """Forward, backward and update over one global batch.
+
+    Args:
+        trainer: model and optimizer.
+        batches: this rank's micro-batches.
+        stage: gives shapes.
+        lr: learning rate of this update.
+    """
+    for chunk in trainer.model:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    weights = _prepare(trainer, batches, stage)
+    biases = {buffer: buffer.clone() for buffer in _expert_biases(trainer)}
+    sums = _run_schedule(trainer, batches, stage, weights, forward_only=False)
+    set_learning_rate(trainer.optimizer, lr)
+    outcome = update(trainer.optimizer, trainer.model, trainer.run.optimizer.clip_grad)
+    if not outcome.applied:
+        for buffer, before in biases.items():
+            buffer.copy_(before)
+    return StepResult(tuple(mean_losses(sums, weights)), outcome)
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], stage: Stage) -> tuple[float, ...]:
+    """Mean losses (main, then MTP depths) over held-out micro-batches; weights and expert biases stay as they are."""
+    for chunk in trainer.model:
+        chunk.eval()
+    held_out = list(batches)
+    weights = _prepare(trainer, held_out, stage)
+    sums = _run_schedule(trainer, held_out, stage, weights, forward_only=True)
+    for chunk in trainer.model:
+        chunk.train()
+    return tuple(mean_losses(sums, weights))
+
+
+def configure_schedule(trainer: Trainer) -> None:
+    """Tell Megatron-Core's schedules how this run's gradients are scaled, finalised and overlapped."""
+    config = trainer.chunks[0].config
+    config.grad_scale_func = trainer.optimizer.scale_loss
+    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=trainer.groups)
+    if trainer.run.parallel.overlap_grad_reduce:
+        config.no_sync_func = _one_or_list([m.no_sync for m in trainer.model])
+    if trainer.run.parallel.overlap_param_gather:
+        config.param_sync_func = _one_or_list([m.start_param_sync for m in trainer.model])
+
+
+def _prepare(trainer: Trainer, batches: list[MicroBatch], stage: Stage) -> LossWeights:
+    """Weights of the step's losses, and the scale that keeps the router's balancing loss independent of masks.
+
+    Megatron-Core multiplies the balancing loss of each micro-batch by its token count and expects gradients to be
+    divided by all tokens of the batch; here they are divided by the tokens that carry loss.
+    """
+    weights = loss_weights(batches, trainer.run.model, [trainer.groups.dp_cp], trainer.platform.device)
+    tokens = stage.seq_length * stage.micro_batch_size * len(batches) * trainer.groups.dp.size()
+    scale = (weights.counts[0] / tokens).float()
+    trainer.chunks[0].config.moe_grad_scale_func = lambda: scale
+    return weights
+
+
+def _run_schedule(
+    trainer: Trainer, batches: list[MicroBatch], stage: Stage, weights: LossWeights, *, forward_only: bool
+) -> Tensor:
+    """Run all micro-batches; returns the losses summed over the global batch (1 + D,) on every rank."""
+    chunks = trainer.model
+    on_device = [batch.to(trainer.platform.device) for batch in batches]
+    iterators = [iter(on_device) for _ in chunks]
+    reports: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, weights=weights, isolated=trainer.run.data.isolate_documents),
+        data_iterator=_one_or_list(iterators),
+        model=_one_or_list(chunks),
+        num_microbatches=len(batches),
+        seq_length=stage.seq_length,
+        micro_batch_size=stage.micro_batch_size,
+        decoder_seq_length=stage.seq_length,
+        forward_only=forward_only,
+    )
+    sums = torch.stack(reports).sum(dim=0) if reports else torch.zeros_like(weights.scales)
+    # Only the last pipeline stage has losses; zeros elsewhere.
+    for group in (trainer.groups.dp_cp, trainer.groups.pp):
+        torch.distributed.all_reduce(sums, group=group)
+    return sums
+
+
+def _forward_step(
+    iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, weights: LossWeights, isolated: bool
+) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    output = model(
+        batch.tokens,
+        batch.position_ids,
+        labels=batch.labels,
+        documents=batch.documents if isolated else None,
+    )
+    return output, partial(weighted_loss, loss_mask=batch.loss_mask, weights=weights)
+
+
+def _expert_biases(trainer: Trainer) -> list[Tensor]:
+    return [b for chunk in trainer.chunks for name, b in chunk.named_buffers() if name.endswith("expert_bias")]
+
+
+def _one_or_list(items: list[Any]) -> Any:
+    """Megatron-Core's schedules take a bare item for one chunk and a list for several."""
+    return items[0] if len(items) == 1 else items

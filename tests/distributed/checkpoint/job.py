@@ -1,0 +1,217 @@
+"""A small training job for checkpoint tests: the real model, optimizer and step on synthetic tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nemotron3_megatron  # noqa: F401  (first: installs the CPU platform)
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from nemotron3_megatron import platform as platforms
+from nemotron3_megatron.checkpoint import adam, content
+from nemotron3_megatron.checkpoint.store import CheckpointStore
+from nemotron3_megatron.config.recipe import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TelemetryConfig,
+)
+from nemotron3_megatron.config.run import Layout, Run, Schedule, Stage
+from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
+from nemotron3_megatron.model.builder import build_model
+from nemotron3_megatron.parallel.groups import start_groups
+from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
+from nemotron3_megatron.train.step import Trainer, configure_schedule, train_step
+
+SEQ, GLOBAL_BATCH, VOCABULARY = 16, 4, 64
+
+
+def tiny_run(
+    world_size: int,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    distributed_optimizer: bool = True,
+    overlap: bool = False,
+    dtype: str = "fp32",
+    hidden: int = 32,
+    stack: str = "ME|*E",
+) -> Run:
+    """All layer kinds, latent experts with a moving bias, and two MTP depths; ``stack`` has the pipeline cuts."""
+    model = ModelConfig(
+        pattern=stack.replace("|", ""),
+        hidden_size=hidden,
+        vocab_size=VOCABULARY,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=8,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        mamba_state_dim=8,
+        mamba_num_groups=2,
+        mamba_chunk_size=8,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=16,
+        moe_shared_expert_intermediate_size=16,
+        moe_latent_size=16,
+        mtp_pattern="*E",
+        mtp_depths=2,
+    )
+    dp = world_size // (tp * pp * cp)
+    layout = Layout(
+        world_size=world_size,
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        cp=cp,
+        ep=ep,
+        etp=1,
+        dp=dp,
+        sequence_parallel=tp > 1,
+        hybrid_layer_pattern="/".join([stack if pp > 1 else model.pattern, "*E", "*E"]),
+    )
+    stage = Stage(
+        name="only",
+        first_step=0,
+        steps=100,
+        first_token=0,
+        tokens_per_step=SEQ * GLOBAL_BATCH,
+        seq_length=SEQ,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=1,
+        num_microbatches=GLOBAL_BATCH // dp,
+    )
+    return Run(
+        name="checkpoint_test",
+        run_dir=Path("unused"),
+        seed=11,
+        device="cpu",
+        total_steps=100,
+        model=model,
+        precision=PrecisionConfig(name=dtype, dtype=dtype),  # type: ignore[arg-type]
+        parallel=ParallelConfig(
+            tp=tp,
+            pp=pp,
+            vpp=vpp,
+            cp=cp,
+            ep=ep,
+            distributed_optimizer=distributed_optimizer,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+        ),
+        layout=layout,
+        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4),
+        schedule=Schedule(
+            max_lr=1e-3,
+            min_lr=1e-4,
+            warmup_tokens=0,
+            decay_end_tokens=10**6,
+            wsd_decay_tokens=0,
+            decay_style="constant",
+            wsd_decay_style="linear",
+        ),
+        stages=(stage,),
+        data=DataConfig(sources={}, isolate_documents=False),
+        checkpoint=CheckpointConfig(),
+        checkpoint_every_steps=None,
+        telemetry=TelemetryConfig(),
+        log_every_steps=1,
+        eval_every_steps=None,
+        origins=(),
+    )
+
+
+@contextmanager
+def job(run: Run) -> Iterator[Trainer]:
+    """Groups, model and optimizer of a run, until the end of the block (the world itself stays for the next)."""
+    platform = platforms.select("cpu")
+    groups = start_groups(run, platform, timeout_s=120)
+    model = wrap_data_parallel(build_model(run, platform, groups), run, groups)
+    trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
+    configure_schedule(trainer)
+    yield trainer
+    parallel_state.destroy_model_parallel()
+
+
+def train(trainer: Trainer, first: int, last: int) -> list[list[float]]:
+    """Steps ``first`` to ``last - 1``; per step the losses of all depths and the gradient norm."""
+    history = []
+    for step in range(first, last):
+        result = train_step(trainer, _batches(trainer, step), trainer.run.stages[0], lr=1e-3 / (1 + 0.1 * step))
+        history.append([*result.losses, result.update.grad_norm])
+    return history
+
+
+def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """This rank's weights, moments and counters by checkpoint key (with the shard's offset)."""
+    adam.prepare(trainer.optimizer)
+    shards = content.sharded(trainer.model, trainer.optimizer, is_loading=False)
+    apply_factories(shards)
+    return {
+        f"{item.key}@{item.global_offset}": item.data.detach().clone()
+        for item in nested_values(shards)
+        if isinstance(item, ShardedTensor)
+    }
+
+
+def digest(trainer: Trainer) -> str:
+    """Hash of every bit that :func:`tensors` returns."""
+    sha = hashlib.sha256()
+    for key, tensor in sorted(tensors(trainer).items()):
+        sha.update(key.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def steps_of(trainer: Trainer) -> dict[str, Any]:
+    """Adam's counters: distinct values, how many there are, and in how many places in memory."""
+    steps = [s["step"] for part in adam.parts(trainer.optimizer) for s in part.optimizer.state.values()]
+    return {
+        "values": sorted({float(step) for step in steps}),
+        "count": len(steps),
+        "places": len({step.data_ptr() for step in steps}),
+    }
+
+
+def save(trainer: Trainer, folder: str, step: int, **state: Any) -> Path:
+    """Save into ``folder`` with a small state."""
+    return CheckpointStore(Path(folder)).save(
+        step, trainer.model, trainer.optimizer, {"step": step, **state}, keep_last=None
+    )
+
+
+def load_newest(trainer: Trainer, folder: str) -> dict[str, Any]:
+    """Load the newest checkpoint of ``folder``."""
+    store = CheckpointStore(Path(folder))
+    path = store.newest()
+    assert path is not None
+    return store.load(path, trainer.model, trainer.optimizer)
+
+
+def _batches(trainer: Trainer, step: int) -> list[MicroBatch]:
+    """This rank's part of the step's global batch: a noisy permutation chain, the same under every layout."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    table = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(7))
+    windows = torch.randint(VOCABULARY, (GLOBAL_BATCH, SEQ + 1), generator=generator)
+    for place in range(SEQ):
+        windows[:, place + 1] = torch.where(windows[:, place + 1] < 8, windows[:, place + 1], table[windows[:, place]])
+    groups = trainer.groups
+    mine = windows.chunk(groups.dp.size())[groups.dp.rank()]
+    return [
+        build_micro_batch(window[None], mtp_depths=2, eod_token=0, isolate_documents=False).shard(
+            groups.cp.rank(), groups.cp.size()
+        )
+        for window in mine
+    ]

@@ -1,0 +1,97 @@
+"""The commands, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemotron3_megatron.cli import VERBS, main
+
+ROOT = Path(__file__).parents[3]
+
+
+def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_plan_as_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--json", "recipe=tiny"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["recipe"], plan["world_size"], plan["tokens_per_step"], plan["steps"]) == ("tiny", 2, 4096, 489)
+    assert [layer["kind"] for layer in plan["layers"][:4]] == ["mamba", "moe", "mamba", "attention"]
+    ends = 2 * 4096 * 128 + 128  # embedding, output layer and final norm
+    assert plan["parameters"]["total"] == ends + sum(layer["parameters"] for layer in plan["layers"])
+
+
+def test_plan_for_people_shows_origins_and_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "recipe=nano_bf16", "parallel.recompute=selective", "parallel.recompute_modules=[moe]"]) == 0
+    shown = capsys.readouterr().out
+    assert "31,577,940,288" in shown
+    assert "command line" in shown
+    assert "recipe/nano_bf16.yaml:" in shown
+    assert "[moe]" in shown
+
+
+def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "recipe=tiny", "--json", "world_size=4"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"]["dp"] == 4
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"nemotron3 {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["pln"], ["plan"], ["plan", "recipe=tiny", "parallel.tp=3"], ["doctor", "a=b"]])
+def test_user_errors_exit_2_with_a_message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert not captured.out
+
+
+def test_plan_needs_no_torch_and_is_quick() -> None:
+    code = (
+        "import sys; from nemotron3_megatron.cli import main; main(['plan', 'recipe=super_bf16']);"
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    begun = time.monotonic()
+    done = start("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 10  # 1 s alone; the machine may be busy
+
+
+def test_train_help_lists_groups_and_keys() -> None:
+    done = start("train.py", "--help")
+    assert done.returncode == 0
+    for text in ("recipe=nano_bf16|super_bf16|tiny", "parallel.tp = 1", "stages.NAME.tokens  (duration, required)"):
+        assert text in done.stdout
+
+
+def test_train_shows_a_user_error_once_and_without_a_trace() -> None:
+    first = start("train.py", "recipe=tiny", "modle.hidden_size=1", RANK="0", WORLD_SIZE="2")
+    assert (first.returncode, "modle" in first.stderr, "Traceback" in first.stderr) == (2, True, False)
+    second = start("train.py", "recipe=tiny", "modle.hidden_size=1", RANK="1", WORLD_SIZE="2")
+    assert (second.returncode, second.stderr) == (2, "")
+
+
+def test_train_takes_the_world_from_the_launcher() -> None:
+    done = start("train.py", "recipe=tiny", "world_size=4", RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert "torchrun --nproc-per-node=4" in done.stderr

@@ -1,0 +1,87 @@
+"""Train a recipe.
+
+  torchrun --nproc-per-node=2 train.py recipe=tiny optimizer.lr=1e-3     one run
+  python train.py -m recipe=tiny optimizer.lr=1e-3,3e-3 seed=1,2         a sweep: four runs, one after the other
+  python train.py --help                                                 recipes, groups and every key
+
+A sweep starts torchrun itself for each combination, with the recipe's world_size as processes on this machine, in
+run_dir/<swept values>. The same command again resumes every run. Exit status: 0 target reached; 2 the input is wrong
+(message on stderr); 75 saved and wants to be started again; anything else is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nemotron3_megatron.config.errors import UserError
+
+if TYPE_CHECKING:
+    from nemotron3_megatron.config import Run
+
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one training, a sweep, or the help; returns the exit status."""
+    arguments = list(argv)
+    if not arguments or {"-h", "--help"} & set(arguments):
+        from nemotron3_megatron.config.compose import RECIPES
+        from nemotron3_megatron.config.keys import help_text
+
+        sys.stdout.write(f"{__doc__}\n{help_text(RECIPES)}")
+        return 0
+    try:
+        if {"-m", "--multirun"} & set(arguments):
+            from nemotron3_megatron.config.sweep import run_sweep
+
+            return run_sweep([text for text in arguments if text not in ("-m", "--multirun")], __file__)
+        run = prepare(arguments)
+    except UserError as error:
+        return refuse(error, on_every_rank=True)
+
+    from nemotron3_megatron.train.run import train  # imports torch and Megatron-Core
+
+    try:
+        return train(run)
+    except UserError as error:
+        return refuse(error, on_every_rank=False)
+
+
+def prepare(overrides: Sequence[str]) -> Run:
+    """Compose the recipe and resolve it for the world that torchrun made."""
+    from nemotron3_megatron.config import check_data, compose, resolve
+
+    recipe, origins = compose(overrides)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = next((origin for origin in origins if origin.key == "world_size"), None)
+    if asked and asked.place == "command line" and recipe.world_size != world_size:
+        raise UserError(
+            f"world_size={recipe.world_size}",
+            where=asked.place,
+            why=f"{world_size} processes were started, and training takes the world from them",
+            nearest=f"torchrun --nproc-per-node={recipe.world_size}",
+        )
+    run = resolve(recipe, world_size, origins)
+    check_data(run)
+    return run
+
+
+def refuse(error: UserError, *, on_every_rank: bool) -> int:
+    """Show the error once: rank 0 at once, another rank only if rank 0 has not failed in the same way.
+
+    The others wait, because torchrun ends all processes as soon as one has failed.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(2)
+    if rank == 0 or not on_every_rank:
+        sys.stderr.write(f"error: {error}\n")
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
