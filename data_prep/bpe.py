@@ -72,4 +72,3 @@ def _training_text(
                 left -= len(document.text)
                 if left <= 0:
                     return
-

@@ -6,8 +6,8 @@ own (global) shape, and one number for the whole model, the optimizer step.
 
 Megatron-Core is exercised upstream with the FusedAdam of Transformer Engine or Apex, which count steps in
 the parameter groups, and with models of one dtype. The checkpoint path of 0.19.2 has these defects. The first
-five appear with torch's Adam, which counts steps in one tensor per parameter; the last two in a BF16 model that
-keeps some parameters in FP32 (A_log, D, dt_bias, router), whatever the Adam. Each is repaired in one place:
+five appear with torch's Adam, which counts steps in one tensor per parameter; 6 and 7 in a BF16 model that keeps
+some parameters in FP32 (A_log, D, dt_bias, router), whatever the Adam; 8 with any. Each is repaired in one place:
 
 1. no state before the first step ................ :func:`allocate_state`
 2. ``KeyError: 'step'`` while loading ............ :func:`steps_set_aside`
@@ -16,12 +16,14 @@ keeps some parameters in FP32 (A_log, D, dt_bias, router), whatever the Adam. Ea
 5. prefixes of plain chained optimizers .......... :func:`sharded_state` (the same)
 6. distributed optimizer: parameters mixed up .... :func:`correct_places`
 7. plain BF16 optimizer: parameters mixed up ..... :func:`_plain_state`
+8. several gradient buckets: state shifted ....... :func:`_distributed_state`
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -150,10 +152,11 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loa
     """
     states: dict[str, Any] = {}
     for index, part in enumerate(parts(optimizer)):
+        entries = {id(entry.data): entry for entry in nested_values(model) if entry.data is not None}
         if isinstance(part, DistributedOptimizer):
-            states[str(index)] = part.sharded_param_state_fully_reshardable(model, is_loading, metadata={})
+            states[str(index)] = _distributed_state(part, entries, is_loading)
         else:
-            states[str(index)] = _plain_state(part, model)
+            states[str(index)] = _plain_state(part, entries)
     return states
 
 
@@ -166,28 +169,53 @@ def load_sharded_state(optimizer: MegatronOptimizer, states: dict[str, Any]) -> 
                 part.load_parameter_state_from_fully_reshardable(loaded)
                 continue
             for row, (_, main) in enumerate(_plain_parameters(part)):
-                main.copy_(loaded[str(row)]["param"])
+                main.copy_(loaded[row]["param"])
                 for name in _MOMENTS:
-                    part.optimizer.state[main][name].copy_(loaded[str(row)][name])
+                    part.optimizer.state[main][name].copy_(loaded[row][name])
 
 
-def _plain_state(part: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
+def _distributed_state(part: DistributedOptimizer, entries: dict[int, Any], is_loading: bool) -> dict[int, Any]:
+    """Tensors of a distributed optimizer, gathered from the data-parallel ranks.
+
+    Repairs optimizer/distrib_optimizer.py:1757-1786 (``fully_reshardable``), which looks a parameter up at its
+    offset in the gradient buffer, while the gathered tensors have no padding between buckets (:1397). Behind a
+    padded bucket all state is saved shifted, silently: with overlapped reduction, or with MTP under pipeline
+    parallelism, where the embedding has a bucket of its own.
+    """
+    gathered = part.get_parameter_state_dp_zero(use_gloo_comm=False, empty_data=is_loading, return_on_all_ranks=True)
+    states: dict[int, Any] = {}
+    for index, buffer in enumerate(part.buffers):
+        (whole,) = gathered[index].values()
+        starts = list(accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
+        for parameter, (begin, end, bucket) in buffer.param_index_map.items():
+            place = starts[bucket] + begin - buffer.buckets[bucket].offset
+            states[len(states)] = _stored(
+                entries[id(parameter)],
+                {name: whole[name][place : place + end - begin].view(parameter.shape) for name in ("param", *_MOMENTS)},
+            )
+    return states
+
+
+def _plain_state(part: MegatronOptimizer, entries: dict[int, Any]) -> dict[int, Any]:
     """Tensors of a non-distributed optimizer under the keys that the distributed one uses.
 
     Repairs optimizer/optimizer.py:1148, where the BF16 optimizer numbers only its BF16 parameters but looks
-    them up by their place among all: with FP32 parameters in between (A_log, D, dt_bias, router) state is
-    stored under the wrong parameter, or fails on its shape.
+    them up by their place among all: with FP32 parameters in between state is stored under the wrong
+    parameter, or fails on its shape.
     """
-    entries = {id(entry.data): entry for entry in nested_values(model) if entry.data is not None}
     return {
-        str(row): {
-            name: make_sharded_optimizer_tensor(entries[id(parameter)], tensor, f"{PREFIX}.{name}")
-            for name, tensor in {
-                "param": main.detach(),
-                **{moment: part.optimizer.state[main][moment] for moment in _MOMENTS},
-            }.items()
-        }
+        row: _stored(
+            entries[id(parameter)], {"param": main, **{name: part.optimizer.state[main][name] for name in _MOMENTS}}
+        )
         for row, (parameter, main) in enumerate(_plain_parameters(part))
+    }
+
+
+def _stored(entry: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """One parameter's optimizer tensors, sharded as the parameter itself (``entry``) is."""
+    return {
+        name: make_sharded_optimizer_tensor(entry, tensor.detach(), f"{PREFIX}.{name}")
+        for name, tensor in tensors.items()
     }
 
 

@@ -175,9 +175,16 @@ def load_tokenizer(path: str | Path, eod: str | None = None) -> Tokenizer:
         return _load_tekken(place if place.is_file() else _bundled_tekken())
     if place.is_file():
         return _load_file(place, eod or _eos_name(place.parent))
-    if not place.exists() and place.suffix == ".json":
+    if not place.exists() and not _may_be_hub_id(place):
         raise UserError(f"the tokenizer {path} does not exist", nearest="a tokenizer.json, its directory, or 'tekken'")
     return _load_with_transformers(str(path), eod)
+
+
+def _may_be_hub_id(path: Path) -> bool:
+    """``name`` or ``owner/name``, as opposed to a misspelt path below a directory that exists."""
+    if path.suffix == ".json" or path.is_absolute() or len(path.parts) > 2:
+        return False
+    return len(path.parts) == 1 or not path.parent.is_dir()
 
 
 def _library(name: str, package: str) -> Any:

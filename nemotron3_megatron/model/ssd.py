@@ -217,10 +217,16 @@ class _PairDecay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Both sums run over the same rounded products, so what should cancel between them does."""
+        """A pair's gradient raises cum[i] and lowers cum[j].
+
+        What reaches one step's dt * A is a small rest of these sums (the pairs around it). They are therefore taken
+        over the same rounded products in float64, so what should cancel does; the diagonal, all cancelling, is left
+        out. In float32 the gradient of A loses up to 4 digits.
+        """
         (decay,) = ctx.saved_tensors
         grad = grad * decay
-        return grad.sum(-1).double() - grad.sum(-2).double(), None, None
+        grad.diagonal(dim1=-2, dim2=-1).zero_()
+        return grad.sum(-1, dtype=torch.float64) - grad.sum(-2, dtype=torch.float64), None, None
 
 
 def _exp(exponent: Tensor, inplace: bool = False) -> Tensor:

@@ -38,7 +38,9 @@ def as_json(run: Run) -> str:
 def show(run: Run, console: Console) -> None:
     """Print the plan: what, how large, on what layout, when, and who set which value."""
     counts = count_parameters(run.model)
-    console.print(f"[bold]{escape(run.name)}[/bold] on {run.layout.world_size} ranks, into {escape(str(run.run_dir))}\n")
+    console.print(
+        f"[bold]{escape(run.name)}[/bold] on {run.layout.world_size} ranks, into {escape(str(run.run_dir))}\n"
+    )
     for table in (_parameters(counts), _layers(counts), _layout(run), _schedule(run), _origins(run)):
         console.print(table)
 

@@ -12,7 +12,7 @@ from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.platform.base import Spec
 from nemotron3_megatron.platform.cpu import unfused_flags
 
-_TE_SPEC_MODULES = ("transformer_engine.pytorch", "mamba_ssm.ops.triton.ssd_combined")
+_TE_SPEC_MODULES = ("transformer_engine.pytorch", "mamba_ssm.ops.triton.ssd_combined", "causal_conv1d")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ State = Literal["ok", "missing", "broken", "untested version"]
 """Untested version: installed and importable, but of another series than the one this project is tested with."""
 
 _LOCKED = "make env"
-_CUDA = "pip install --no-build-isolation -r requirements-cuda.lock"
+_CUDA = "make env-cuda"
+_TORCH_SPEC = "the slower pure torch modules are used (model.spec=torch)"
 _APEX = (
     "git clone https://github.com/NVIDIA/apex && cd apex && "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
@@ -70,11 +71,11 @@ PACKAGES = (
         "transformer-engine",
         "transformer_engine.pytorch",
         "cuda",
-        "slower pure torch layers; NVFP4 and MXFP8 only emulated",
+        f"{_TORCH_SPEC}; NVFP4 and MXFP8 only emulated",
         _CUDA,
     ),
-    Package("mamba-ssm", "mamba_ssm.ops.triton.ssd_combined", "cuda", "slower pure torch Mamba-2 layers", _CUDA),
-    Package("causal-conv1d", "causal_conv1d", "cuda", "slower convolution in Mamba-2 layers", _CUDA),
+    Package("mamba-ssm", "mamba_ssm.ops.triton.ssd_combined", "cuda", _TORCH_SPEC, _CUDA),
+    Package("causal-conv1d", "causal_conv1d", "cuda", _TORCH_SPEC, _CUDA),
     Package("nvidia-modelopt", "modelopt", "cuda", "no export of quantised models", _CUDA),
     Package(
         "nvidia-resiliency-ext",

@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
@@ -44,29 +45,35 @@ def wrap_data_parallel(
         # Our own update looks at every gradient and skips the step instead of raising on one rank.
         check_for_nan_in_grad=False,
     )
-    wrapped = []
-    for i, chunk in enumerate(chunks):
-        layout = None
-        bucket_free = i > 0 or groups.pp.rank() > 0 or not parallel.overlap_grad_reduce
-        if parallel.distributed_optimizer:
-            layout = DistributedOptimizer.compute_full_param_layout(
-                [p for p in chunk.parameters() if p.requires_grad],
-                None if bucket_free else max(40_000_000, 1_000_000 * groups.dp_cp.size()),
-                groups.dp_cp.size(),
-                config,
-                expert_data_parallel_world_size=groups.expt_dp.size(),
-            )
-        wrapped.append(
-            DistributedDataParallel(
-                chunk.config,
-                config,
-                chunk,
-                disable_bucketing=bucket_free,
-                pg_collection=groups,
-                full_param_layout=layout,
-            )
+    return [
+        DistributedDataParallel(
+            chunk.config,
+            config,
+            chunk,
+            # One bucket group a buffer: gloo corrupts a coalesced gather of buffers of different types.
+            disable_bucketing=False,
+            pg_collection=groups,
+            full_param_layout=_parameter_layout(chunk, config, groups),
         )
-    return wrapped
+        for chunk in chunks
+    ]
+
+
+def _parameter_layout(
+    chunk: Nemotron3Model, config: DistributedDataParallelConfig, groups: ProcessGroupCollection
+) -> FullParamLayout | None:
+    """Where each parameter lies in the distributed optimizer's buffers, by the rules DDP itself applies."""
+    if not config.use_distributed_optimizer:
+        return None
+    size = groups.dp_cp.size()
+    overlapped_first_stage = config.overlap_grad_reduce and groups.pp.rank() == 0
+    return DistributedOptimizer.compute_full_param_layout(
+        [p for p in chunk.parameters() if p.requires_grad],
+        max(40_000_000, 1_000_000 * size) if overlapped_first_stage else None,
+        size,
+        config,
+        expert_data_parallel_world_size=groups.expt_dp.size(),
+    )
 
 
 def build_optimizer(

@@ -56,18 +56,29 @@ def train_step(trainer: Trainer, batches: list[MicroBatch], stage: Stage, lr: fl
         stage: gives shapes.
         lr: learning rate of this update.
     """
+    biases = {buffer: buffer.clone() for buffer in _expert_biases(trainer)}
+    losses = accumulate_gradients(trainer, batches, stage)
+    set_learning_rate(trainer.optimizer, lr)
+    outcome = update(trainer.optimizer, trainer.model, trainer.run.optimizer.clip_grad)
+    if not outcome.applied:
+        # Megatron-Core moves the routers' biases with the gradients; a refused step must not move them either.
+        for buffer, before in biases.items():
+            buffer.copy_(before)
+    return StepResult(losses, outcome)
+
+
+def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Stage) -> tuple[float, ...]:
+    """Forward and backward over one global batch; the reduced gradients are left in the DDP buffers.
+
+    Returns:
+        Mean loss of the main prediction, then of each MTP depth.
+    """
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     weights = _prepare(trainer, batches, stage)
-    biases = {buffer: buffer.clone() for buffer in _expert_biases(trainer)}
     sums = _run_schedule(trainer, batches, stage, weights, forward_only=False)
-    set_learning_rate(trainer.optimizer, lr)
-    outcome = update(trainer.optimizer, trainer.model, trainer.run.optimizer.clip_grad)
-    if not outcome.applied:
-        for buffer, before in biases.items():
-            buffer.copy_(before)
-    return StepResult(tuple(mean_losses(sums, weights)), outcome)
+    return tuple(mean_losses(sums, weights))
 
 
 @torch.no_grad()

@@ -76,6 +76,7 @@ def _start(job: Path, rank: int, world_size: int, port: int, env: Mapping[str, s
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",  # so that the end of a log is the error
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import nemotron3_megatron  # noqa: F401  (first: installs the CPU platform)
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from nemotron3_megatron import platform as platforms
@@ -48,6 +49,7 @@ def tiny_run(
     dtype: str = "fp32",
     hidden: int = 32,
     stack: str = "ME|*E",
+    mtp_depths: int = 2,
 ) -> Run:
     """All layer kinds, latent experts with a moving bias, and two MTP depths; ``stack`` has the pipeline cuts."""
     model = ModelConfig(
@@ -67,8 +69,8 @@ def tiny_run(
         moe_ffn_hidden_size=16,
         moe_shared_expert_intermediate_size=16,
         moe_latent_size=16,
-        mtp_pattern="*E",
-        mtp_depths=2,
+        mtp_pattern="*E" if mtp_depths else "",
+        mtp_depths=mtp_depths,
     )
     dp = world_size // (tp * pp * cp)
     layout = Layout(
@@ -81,7 +83,7 @@ def tiny_run(
         etp=1,
         dp=dp,
         sequence_parallel=tp > 1,
-        hybrid_layer_pattern="/".join([stack if pp > 1 else model.pattern, "*E", "*E"]),
+        hybrid_layer_pattern="/".join([stack if pp > 1 else model.pattern, *["*E"] * mtp_depths]),
     )
     stage = Stage(
         name="only",
@@ -135,15 +137,24 @@ def tiny_run(
 
 
 @contextmanager
-def job(run: Run) -> Iterator[Trainer]:
+def job(**options: Any) -> Iterator[Trainer]:
+    """A trainer for ``tiny_run(**options)`` on all ranks of this world."""
+    with running(tiny_run(int(os.environ["WORLD_SIZE"]), **options)) as trainer:
+        yield trainer
+
+
+@contextmanager
+def running(run: Run) -> Iterator[Trainer]:
     """Groups, model and optimizer of a run, until the end of the block (the world itself stays for the next)."""
     platform = platforms.select("cpu")
-    groups = start_groups(run, platform, timeout_s=120)
+    groups = start_groups(run, platform, timeout_s=60)
     model = wrap_data_parallel(build_model(run, platform, groups), run, groups)
     trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
     configure_schedule(trainer)
-    yield trainer
-    parallel_state.destroy_model_parallel()
+    try:
+        yield trainer
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def train(trainer: Trainer, first: int, last: int) -> list[list[float]]:
@@ -167,6 +178,17 @@ def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
+def stored(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint by key."""
+    plain = dist_checkpointing.load_plain_tensors(str(folder / "checkpoints" / f"step_{step:08d}"))
+    return {key: value for key, value in plain.items() if isinstance(value, torch.Tensor)}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Equal keys, dtypes and bits."""
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
 def digest(trainer: Trainer) -> str:
     """Hash of every bit that :func:`tensors` returns."""
     sha = hashlib.sha256()
@@ -185,16 +207,15 @@ def steps_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def save(trainer: Trainer, folder: str, step: int, **state: Any) -> Path:
+def save(trainer: Trainer, folder: Path, step: int, *, keep_last: int | None = None, **state: Any) -> Path:
     """Save into ``folder`` with a small state."""
-    return CheckpointStore(Path(folder)).save(
-        step, trainer.model, trainer.optimizer, {"step": step, **state}, keep_last=None
-    )
+    state = {"step": step, **state}
+    return CheckpointStore(folder).save(step, trainer.model, trainer.optimizer, state, keep_last=keep_last)
 
 
-def load_newest(trainer: Trainer, folder: str) -> dict[str, Any]:
+def load_newest(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Load the newest checkpoint of ``folder``."""
-    store = CheckpointStore(Path(folder))
+    store = CheckpointStore(folder)
     path = store.newest()
     assert path is not None
     return store.load(path, trainer.model, trainer.optimizer)
@@ -210,7 +231,7 @@ def _batches(trainer: Trainer, step: int) -> list[MicroBatch]:
     groups = trainer.groups
     mine = windows.chunk(groups.dp.size())[groups.dp.rank()]
     return [
-        build_micro_batch(window[None], mtp_depths=2, eod_token=0, isolate_documents=False).shard(
+        build_micro_batch(window[None], mtp_depths=trainer.run.model.mtp_depths, eod_token=0, isolate_documents=False).shard(
             groups.cp.rank(), groups.cp.size()
         )
         for window in mine

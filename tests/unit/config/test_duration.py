@@ -27,7 +27,9 @@ def test_reads_the_written_forms(text: str, value: float, unit: str) -> None:
     assert Duration.parse(text) == Duration(value, unit)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["500", "steps", "-3 steps", "5 parsecs", "1e3 steps", "5 M tokens x", "9" * 400 + " steps"])
+@pytest.mark.parametrize(
+    "text", ["500", "steps", "-3 steps", "5 parsecs", "1e3 steps", "5 M tokens x", "9" * 400 + " steps"]
+)
 def test_refuses_other_forms_and_shows_a_right_one(text: str) -> None:
     with pytest.raises(ValueError, match="500 steps"):
         Duration.parse(text)

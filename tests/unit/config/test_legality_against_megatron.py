@@ -11,6 +11,8 @@ from nemotron3_megatron.config import compose
 from nemotron3_megatron.config.recipe import Recipe
 from nemotron3_megatron.config.rules import mamba, tensor_parallel
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of TransformerConfig
+
 TINY = compose(["recipe=tiny"])[0]
 COUNTS = [1, 2, 3, 4, 6, 8, 12, 16]
 

@@ -13,7 +13,8 @@ from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.serialize import from_json, to_json
 
-RUN = resolve(*[(recipe, 2, origins) for recipe, origins in [compose(["recipe=tiny"])]][0])
+RECIPE, ORIGINS = compose(["recipe=tiny"])
+RUN = resolve(RECIPE, 2, ORIGINS)
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 st.register_type_strategy(float, NUMBERS)

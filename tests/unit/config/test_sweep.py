@@ -24,7 +24,12 @@ def data(tmp_path: Path) -> list[str]:
 def test_every_combination_has_its_own_directory(data: list[str]) -> None:
     jobs = sweep_jobs(["recipe=tiny", "seed=1,2", "optimizer.lr=0.001,0.002", "run_dir=out", *data])
     recipes = [compose(job.overrides)[0] for job in jobs]
-    assert [(recipe.seed, recipe.optimizer.lr) for recipe in recipes] == [(1, 0.001), (1, 0.002), (2, 0.001), (2, 0.002)]
+    assert [(recipe.seed, recipe.optimizer.lr) for recipe in recipes] == [
+        (1, 0.001),
+        (1, 0.002),
+        (2, 0.001),
+        (2, 0.002),
+    ]
     assert recipes[1].run_dir == "out/seed=1,optimizer.lr=0.002"
     assert len({recipe.run_dir for recipe in recipes}) == 4
     assert {job.world_size for job in jobs} == {2}
@@ -61,7 +66,11 @@ def test_under_torchrun_a_sweep_is_refused() -> None:
     train = Path(__file__).parents[3] / "train.py"
     environment = {**os.environ, "RANK": "0"}
     done = subprocess.run(
-        [sys.executable, str(train), "-m", "recipe=tiny", "seed=1,2"], env=environment, capture_output=True, text=True
+        [sys.executable, str(train), "-m", "recipe=tiny", "seed=1,2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "under torchrun" in done.stderr

@@ -98,12 +98,20 @@ def test_shards_reassemble(cp_size: int) -> None:
             assert torch.equal(join(parts), getattr(whole, name))
 
 
-def test_shard_layout_is_megatrons() -> None:
-    """The same slice as Megatron-Core's own get_batch_on_this_cp_rank, which works on (b, s) tensors."""
-    tokens = torch.arange(17)[None]
+@pytest.mark.parametrize("cp_rank", [0, 1, 2])
+def test_shard_layout_is_megatrons(cp_rank: int) -> None:
+    """Against Megatron-Core's own slicing, on torch's fake process group (it only asks for rank and size)."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    tokens = torch.arange(2 * 25).reshape(2, 25)
     batch = build_micro_batch(tokens, mtp_depths=0, eod_token=-1, isolate_documents=False)
-    assert batch.shard(0, 2).tokens[0].tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
-    assert batch.shard(1, 2).tokens[0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=cp_rank, world_size=3)
+    try:
+        theirs = get_batch_on_this_cp_rank({"tokens": batch.tokens}, False, cp_group=torch.distributed.group.WORLD)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(batch.shard(cp_rank, 3).tokens, theirs["tokens"])
 
 
 def test_programming_errors() -> None:

@@ -154,9 +154,6 @@ def bounds(i: Inputs, chunk_size: int, seq_idx: Tensor | None) -> list[Tensor]:
     same sums with weights |s|, minus their derivative along the exponents' scale (in which the gradient of the
     exponents has one more factor, whence 3 more). A gradient multiplies something computed forward with something
     computed backward: twice the bound.
-
-    The gradient of the exponents, which dt and A receive, is formed from row and column sums over a whole chunk:
-    its error is relative to the sum over positions, and to the diagonal's share, which cancels (|weight * y|).
     """
     chunks = -(-i.x.shape[1] // chunk_size)
     (heads, head_dim), (groups, state) = i.x.shape[2:], i.B.shape[2:]
@@ -180,8 +177,6 @@ def bounds(i: Inputs, chunk_size: int, seq_idx: Tensor | None) -> list[Tensor]:
     of_x, of_dt, of_b, of_c, of_d, of_first, of_exponents = (
         2 * ((k + 3) * total - 3 * slope) for total, slope in zip(sums_of_grads, slopes, strict=True)
     )
-    diagonal = 2 * k * (weights[0] * sums[0]).sum((1, 3))  # (b, h)
-    of_exponents = (of_exponents.sum(1) + diagonal).unsqueeze(1)  # (b, 1, h)
     of_dt, of_a = of_dt + A * of_exponents, (dt * of_exponents).sum((0, 1))
     return [ROUNDOFF * bound for bound in (*forward, of_x, of_dt, of_a, of_b, of_c, of_d, of_first)]
 

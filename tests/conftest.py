@@ -1,0 +1,11 @@
+"""Settings for all tests."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+import nemotron3_megatron  # noqa: F401  (before any test file imports megatron, whatever the order in the file)
+
+# Examples are timed by the test runner's limit: on a busy machine the time of a single one says nothing.
+settings.register_profile("nemotron3", deadline=None)
+settings.load_profile("nemotron3")

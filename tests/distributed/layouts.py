@@ -1,0 +1,143 @@
+"""What ranks do in the layout tests: gradients, losses and initial weights of one world, gathered whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.distributed import finalize_model_grads
+from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
+from nemotron3_megatron.model.builder import build_model, model_sharded_state
+from nemotron3_megatron.parallel.groups import start_groups, stop_groups
+from nemotron3_megatron.platform import select
+from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
+from nemotron3_megatron.train.step import Trainer, accumulate_gradients, configure_schedule, train_step
+from tiny import EOD, GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, VOCABULARY, tiny_run
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@contextmanager
+def started(options: dict[str, Any]) -> Iterator[Trainer]:
+    """A trainer for ``tiny_run(world, **options)``; groups are torn down afterwards."""
+    run = tiny_run(int(os.environ["WORLD_SIZE"]), **options)
+    platform = select("cpu")
+    platform.start(int(os.environ["LOCAL_RANK"]))
+    groups = start_groups(run, platform)
+    try:
+        model = wrap_data_parallel(build_model(run, platform, groups), run, groups)
+        trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
+        configure_schedule(trainer)
+        yield trainer
+    finally:
+        stop_groups()
+
+
+def batches(trainer: Trainer, step: int) -> list[MicroBatch]:
+    """This rank's micro-batches of a fixed global batch with very uneven loss masks: one sequence has no loss."""
+    generator = torch.Generator().manual_seed(step)
+    windows = torch.randint(1, VOCABULARY, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
+    ends = torch.rand(windows.shape, generator=generator) < torch.linspace(0, 0.4, GLOBAL_BATCH)[:, None]
+    windows[ends] = EOD
+    windows[-1] = EOD
+    run, groups = trainer.run, trainer.groups
+    micro = [
+        build_micro_batch(
+            part,
+            mtp_depths=run.model.mtp_depths,
+            eod_token=EOD,
+            isolate_documents=run.data.isolate_documents,
+        )
+        for part in windows.split(MICRO_BATCH)
+    ]
+    count = len(micro) // groups.dp.size()
+    mine = micro[groups.dp.rank() * count : (groups.dp.rank() + 1) * count]
+    return [batch.shard(groups.cp.rank(), groups.cp.size()) for batch in mine]
+
+
+def measure(folder: str, worlds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """For each named layout: losses of three steps; whole initial weights and gradients of the first step are
+    saved to ``folder/<name>_weights.npz`` and ``folder/<name>_gradients.npz``."""
+    port = int(os.environ["MASTER_PORT"])
+    results: dict[str, Any] = {}
+    for offset, (name, options) in enumerate(worlds.items()):
+        os.environ["MASTER_PORT"] = str(port + offset)
+        with started(options) as trainer:
+            for kind, arrays in (("weights", _gather(trainer)), ("gradients", _whole_gradients(trainer))):
+                if torch.distributed.get_rank() == 0:
+                    np.savez(Path(folder) / f"{name}_{kind}.npz", **arrays)  # type: ignore[arg-type]
+            results[name] = [_step(trainer, i) for i in range(3)]
+    return results
+
+
+def _step(trainer: Trainer, index: int) -> dict[str, Any]:
+    result = train_step(trainer, batches(trainer, index), trainer.run.stages[0], 1e-3)
+    return {"losses": result.losses, "grad_norm": result.update.grad_norm, "applied": result.update.applied}
+
+
+def _whole_gradients(trainer: Trainer) -> Arrays:
+    """Gradients of the first batch by global name, reduced over all ranks also with the distributed optimizer."""
+    config = trainer.chunks[0].config
+    ordinary = config.finalize_model_grads_func
+
+    def reduce_everywhere(model: Any, num_tokens: Any, **options: Any) -> None:
+        finalize_model_grads(model, num_tokens, **(options | {"force_all_reduce": True}))
+
+    config.finalize_model_grads_func = reduce_everywhere
+    biases = {b: b.clone() for c in trainer.chunks for n, b in c.named_buffers() if n.endswith("expert_bias")}
+    accumulate_gradients(trainer, batches(trainer, 0), trainer.run.stages[0])
+    config.finalize_model_grads_func = ordinary
+    for buffer, before in biases.items():
+        buffer.copy_(before)
+    parameters = [p for chunk in trainer.chunks for p in chunk.parameters()]
+    data = [p.data for p in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
+    gradients = _gather(trainer)
+    for parameter, original in zip(parameters, data, strict=True):
+        parameter.data = original
+    return gradients
+
+
+def _gather(trainer: Trainer) -> Arrays:
+    """Assemble all ranks' shards on rank 0; copies of one shard on several ranks must be equal bit for bit."""
+    mine = [shard for chunk in trainer.chunks for shard in _shards(trainer.run, chunk, trainer)]
+    everyone: list[Any] | None = (
+        [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+    )
+    torch.distributed.gather_object(mine, everyone)
+    whole: Arrays = {}
+    filled: Arrays = {}
+    for name, shape, offset, values in (shard for rank in everyone or [] for shard in rank):
+        target = whole.setdefault(name, np.zeros(shape, np.float32))
+        seen = filled.setdefault(name, np.zeros(shape, bool))
+        place = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
+        again = seen[place]
+        assert np.array_equal(target[place][again], values[again]), f"copies of {name} differ between ranks"
+        target[place], seen[place] = values, True
+    assert all(seen.all() for seen in filled.values()), "a part of a parameter is on no rank"
+    return whole
+
+
+def _shards(run: Run, chunk: Any, trainer: Trainer) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Any]]:
+    state = model_sharded_state(chunk, trainer.groups)
+    apply_factories(state)
+    return [
+        (
+            tensor.key,
+            tensor.global_shape,
+            tensor.global_offset,
+            tensor.data.detach().float().numpy().reshape(*[1] * tensor.prepend_axis_num, *tensor.data.shape),
+        )
+        for tensor in nested_values(state)
+        if isinstance(tensor, ShardedTensor) and "expert_bias" not in tensor.key
+    ]
