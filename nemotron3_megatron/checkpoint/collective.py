@@ -32,10 +32,18 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def of_every_rank(value: T) -> list[T]:
-    """``value`` of every rank, in the order of ranks. A collective."""
+def on_every_rank(action: Callable[[], T]) -> list[T]:
+    """Run ``action`` everywhere; the results in rank order, or the first rank's exception. A collective."""
     if not dist.is_initialized():
-        return [value]
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+        return [action()]
+    mine: tuple[T | None, Exception | None]
+    try:
+        mine = (action(), None)
+    except Exception as error:
+        mine = (None, error)
+    outcomes = [mine] * dist.get_world_size()
+    dist.all_gather_object(outcomes, mine)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]  # type: ignore[misc]

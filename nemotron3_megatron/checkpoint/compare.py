@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from nemotron3_megatron.checkpoint import adam
-from nemotron3_megatron.checkpoint.collective import of_every_rank
+from nemotron3_megatron.checkpoint.collective import on_every_rank
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,7 +29,7 @@ def wanted_shapes(content: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     copy, _ = extract_matching_values(content, lambda _: True)
     apply_factories(copy)
     mine = {item.key: tuple(item.global_shape) for item in nested_values(copy) if isinstance(item, ShardedTensor)}
-    return {key: shape for rank in of_every_rank(mine) for key, shape in rank.items()}
+    return {key: shape for rank in on_every_rank(lambda: mine) for key, shape in rank.items()}
 
 
 def differences(stored: Shapes, wanted: Shapes) -> list[tuple[str, str, str]]:

@@ -1,19 +1,30 @@
 """The manifest: the last file written into a checkpoint, whose presence makes it complete.
 
-It holds what is not a tensor (step, training state, layout) and the size of every other file, so that a
-truncated or missing file is seen without reading the data, on any machine and without Megatron.
+It holds what is not a tensor (step, training state, layout) and the size and checksum of every other file, so
+that damage is seen on any machine without Megatron: a truncated or missing file at once, changed bytes by reading.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
+
+_READ_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file as it was written."""
+
+    bytes: int
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +37,20 @@ class Manifest:
     """Updates that Adam has made (differs from ``step`` by the skipped ones); None: no optimizer was saved."""
     layout: dict[str, int]
     """World size and parallel sizes it was saved under."""
-    files: dict[str, int]
-    """Size in bytes of every other file, by path relative to the checkpoint."""
+    files: dict[str, FileRecord]
+    """Every other file, by path relative to the checkpoint."""
     state: dict[str, Any]
     """The training state handed to ``save``: JSON values only."""
     format: int = FORMAT
 
 
-def file_sizes(directory: Path) -> dict[str, int]:
-    """Sizes in bytes of all files under ``directory``, without the manifest."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.stat().st_size for path in files if path.name != FILE_NAME}
+def record(path: Path) -> FileRecord:
+    """Size and checksum of the file at ``path`` (reads it)."""
+    size = checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return FileRecord(size, checksum)
 
 
 def write(manifest: Manifest, directory: Path) -> None:
@@ -58,10 +72,11 @@ def read(directory: Path) -> Manifest:
         fields = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
         if fields["format"] != FORMAT:
             raise ValueError(f"{FILE_NAME} has format {fields['format']}, this version reads format {FORMAT}")
-        return Manifest(**fields)
+        files = {name: FileRecord(**values) for name, values in fields.pop("files").items()}
+        return Manifest(files=files, **fields)
     except FileNotFoundError:
         raise ValueError(f"it has no {FILE_NAME}, so it was never completed") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{FILE_NAME} cannot be read ({error})") from None
 
 
@@ -72,13 +87,24 @@ def verify(directory: Path) -> Manifest:
         ValueError: the checkpoint is incomplete or damaged; the message names the first such file.
     """
     manifest = read(directory)
-    for name, size in manifest.files.items():
+    for name, written in manifest.files.items():
         path = directory / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{name} has {path.stat().st_size:,} of {size:,} bytes")
+        if path.stat().st_size != written.bytes:
+            raise ValueError(f"{name} has {path.stat().st_size:,} of {written.bytes:,} bytes")
     return manifest
+
+
+def verify_contents(manifest: Manifest, directory: Path, *, share: int = 0, shares: int = 1) -> None:
+    """Read every ``shares``-th file, beginning with the ``share``-th, and compare with its checksum.
+
+    Raises:
+        ValueError: bytes have changed since the file was written; the message names it.
+    """
+    for name in sorted(manifest.files)[share::shares]:
+        if record(directory / name) != manifest.files[name]:
+            raise ValueError(f"{name} is damaged (its checksum differs)")
 
 
 def sync_directory(directory: Path) -> None:

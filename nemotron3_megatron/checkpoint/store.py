@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
 from nemotron3_megatron.checkpoint import adam, compare, content, manifest
-from nemotron3_megatron.checkpoint.collective import is_rank_zero, on_rank_zero
-from nemotron3_megatron.checkpoint.manifest import Manifest
+from nemotron3_megatron.checkpoint.collective import is_rank_zero, on_every_rank, on_rank_zero
+from nemotron3_megatron.checkpoint.manifest import FileRecord, Manifest
 from nemotron3_megatron.config.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -82,11 +83,14 @@ class CheckpointStore:
         try:
             on_rank_zero(lambda: self._make_room(partial))
             content.save(partial, chunks, optimizer)
-            optimizer_step = None if optimizer is None else adam.current_step(optimizer)
-            layout = content.layout(chunks)
-            on_rank_zero(
-                lambda: _publish(partial, final, step=step, optimizer_step=optimizer_step, layout=layout, state=state)
+            document = Manifest(
+                step=step,
+                optimizer_step=None if optimizer is None else adam.current_step(optimizer),
+                layout=content.layout(chunks),
+                files=_written_files(partial),
+                state=state,
             )
+            on_rank_zero(lambda: _publish(partial, final, document))
         except (OSError, CheckpointException) as error:
             raise self._save_error(step, partial, error) from error
         if keep_last is not None:
@@ -112,6 +116,7 @@ class CheckpointStore:
         """
         path = Path(path)
         found = on_rank_zero(lambda: _verified(path))
+        on_every_rank(lambda: _verify_share(path, found))
         layout = content.layout(chunks)
         if optimizer is not None:
             if found.optimizer_step is None:
@@ -180,9 +185,20 @@ class CheckpointStore:
         )
 
 
-def _publish(partial: Path, final: Path, **facts: Any) -> None:
+def _written_files(directory: Path) -> dict[str, FileRecord]:
+    """Records of all files of a checkpoint, each taken by the rank that wrote it. A collective."""
+
+    def mine() -> dict[str, FileRecord]:
+        shards = list(directory.glob(f"__{dist.get_rank()}_*"))
+        indices = [path for path in directory.iterdir() if not path.name.startswith("__")] if is_rank_zero() else []
+        return {path.name: manifest.record(path) for path in (*shards, *indices)}
+
+    return {name: record for files in on_every_rank(mine) for name, record in files.items()}
+
+
+def _publish(partial: Path, final: Path, document: Manifest) -> None:
     """Complete ``partial`` with its manifest and give it its final name."""
-    manifest.write(Manifest(files=manifest.file_sizes(partial), **facts), partial)
+    manifest.write(document, partial)
     retired = final.parent / f".{final.name}.retired"
     if final.exists():
         final.rename(retired)
@@ -209,6 +225,18 @@ def _verified(path: Path) -> Manifest:
         return manifest.verify(Path(path))
     except ValueError as damage:
         raise UserError(f"checkpoint {path}", why=f"it is not complete: {damage}") from None
+
+
+def _verify_share(path: Path, found: Manifest) -> None:
+    """Read this rank's share of the files."""
+    try:
+        manifest.verify_contents(found, path, share=dist.get_rank(), shares=dist.get_world_size())
+    except (ValueError, OSError) as damage:
+        raise UserError(
+            f"checkpoint {path}",
+            why=f"it cannot be used: {damage}",
+            nearest="remove it, and the run continues from the one before it",
+        ) from None
 
 
 def _step_of(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,10 +63,10 @@ def train(run: Run) -> int:
 def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> Progress:
     """Continue from the run's newest complete checkpoint, else from ``checkpoint.load``, else start anew."""
     options = trainer.run.checkpoint
-    newest = store.newest() if options.resume == "auto" else None
-    source = newest or store.resolve(options.load)
-    if source is None:
+    source = store.newest() if options.resume == "auto" else None
+    if source is None and options.load is None:
         return Progress()
+    source = source or Path(str(options.load))
     state = store.load(source, trainer.chunks, trainer.optimizer)
     data.load_state_dict(state["data"], allow_data_change=options.allow_data_change)
     if torch.distributed.get_rank() == 0:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
@@ -28,6 +30,8 @@ from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
 from transformers.models.nemotron_h import modeling_nemotron_h
+
+sys.path.insert(0, str(Path(__file__).parent))  # ``transplant``, shared by the tests here
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """Our HybridModel against Hugging Face transformers' own ``nemotron_h``, on the same weights.
 
-transformers has no multi-token prediction (test_mtp.py), no balancing loss (its coefficient is 0 here) and clamps
-Mamba's dt from below at ``time_step_min``, which Megatron-Core does not: lifted here.
+transformers has no multi-token prediction (test_mtp.py does that) and no balancing loss (coefficient 0 here).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -15,16 +15,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nemotron3_megatron.config.recipe import ModelConfig
+from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from torch import Tensor
-from transformers import NemotronHConfig
+from transplant import errors, in_double, their_names, transplant
 
 Build = Callable[[ModelConfig], Nemotron3Model]
 Float64 = Callable[[], AbstractContextManager[None]]
+Document = tuple[int, slice]
+"""Row of the batch and positions in it."""
 
 PATTERN = "MEM*-ME*M-E"
 """Every layer kind, each after different neighbours."""
 LATENT = pytest.mark.parametrize("latent", [None, 16], ids=["moe", "latent_moe"])
+EOD = 0
 
 
 def architecture(latent: int | None) -> ModelConfig:
@@ -51,136 +55,43 @@ def architecture(latent: int | None) -> ModelConfig:
     )
 
 
-def their_config(model: ModelConfig) -> NemotronHConfig:
-    return NemotronHConfig(
-        hybrid_override_pattern=model.pattern,
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.kv_channels,
-        intermediate_size=model.ffn_hidden_size,
-        mamba_num_heads=model.mamba_num_heads,
-        mamba_head_dim=model.mamba_head_dim,
-        ssm_state_size=model.mamba_state_dim,
-        n_groups=model.mamba_num_groups,
-        chunk_size=model.mamba_chunk_size,
-        time_step_min=1e-30,
-        n_routed_experts=model.num_moe_experts,
-        num_experts_per_tok=model.moe_router_topk,
-        moe_intermediate_size=model.moe_ffn_hidden_size,
-        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
-        moe_latent_size=model.moe_latent_size,
-        routed_scaling_factor=model.moe_router_topk_scaling_factor,
-        layer_norm_epsilon=model.layernorm_epsilon,
-        use_cache=False,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
+def windows(ends: tuple[int, ...] = ()) -> Tensor:
+    """(2, 46) token ids whose first row has an end of document at the positions ``ends``."""
+    ids = torch.randint(1, 96, (2, 46), generator=torch.Generator().manual_seed(2))
+    ids[0, list(ends)] = EOD
+    return ids
 
 
-def their_names(ours: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Tensors by our names -> the same numbers by transformers' names and shapes; holds for gradients as well."""
-    theirs = {
-        "model.embeddings.weight": ours["embedding.word_embeddings.weight"],
-        "model.norm_f.weight": ours["decoder.final_norm.weight"],
-        "lm_head.weight": ours["output_layer.weight"],
-    }
-    kinds: dict[str, Callable[[dict[str, Tensor], ModelConfig], dict[str, Tensor]]]
-    kinds = {"M": _mamba, "*": _attention, "E": _experts, "-": _mlp}
-    for index, kind in enumerate(model.pattern):
-        prefix = f"decoder.layers.{index}."
-        layer = {name.removeprefix(prefix): t for name, t in ours.items() if name.startswith(prefix)}
-        theirs |= {f"model.layers.{index}.{name}": t for name, t in kinds[kind](layer, model).items()}
-    return theirs
-
-
-def _mamba(layer: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    same = ("dt_bias", "A_log", "D", "norm.weight", "in_proj.weight", "out_proj.weight")
-    return {
-        "norm.weight": layer["mixer.in_proj.layer_norm_weight"],
-        "mixer.conv1d.weight": layer["mixer.conv1d_weight"],
-        "mixer.conv1d.bias": layer["mixer.conv1d_bias"],
-    } | {f"mixer.{name}": layer[f"mixer.{name}"] for name in same}
-
-
-def _attention(layer: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Megatron stores, for each key/value head, its query heads, then the key, then the value head."""
-    groups, width = model.num_query_groups, model.kv_channels
-    qkv = layer["self_attention.linear_qkv.weight"].view(groups, -1, model.hidden_size)
-    q, k, v = qkv.split([model.num_attention_heads // groups * width, width, width], dim=1)
-    parts = {"q_proj": q, "k_proj": k, "v_proj": v}
-    return {
-        "norm.weight": layer["self_attention.linear_qkv.layer_norm_weight"],
-        "mixer.o_proj.weight": layer["self_attention.linear_proj.weight"],
-    } | {f"mixer.{name}.weight": part.reshape(-1, model.hidden_size) for name, part in parts.items()}
-
-
-def _experts(layer: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    def stacked(name: str) -> Tensor:
-        return torch.stack([layer[f"mlp.experts.{name}.weight{i}"] for i in range(model.num_moe_experts)])
-
-    theirs = {
-        "norm.weight": layer["pre_mlp_layernorm.weight"],
-        "mixer.gate.weight": layer["mlp.router.weight"],
-        "mixer.experts.up_proj": stacked("linear_fc1"),
-        "mixer.experts.down_proj": stacked("linear_fc2"),
-        "mixer.shared_experts.up_proj.weight": layer["mlp.shared_experts.linear_fc1.weight"],
-        "mixer.shared_experts.down_proj.weight": layer["mlp.shared_experts.linear_fc2.weight"],
-    }
-    if "mlp.router.expert_bias" in layer:  # not among gradients
-        theirs["mixer.gate.e_score_correction_bias"] = layer["mlp.router.expert_bias"]
-    if model.moe_latent_size:
-        for name in ("fc1_latent_proj", "fc2_latent_proj"):
-            theirs[f"mixer.{name}.weight"] = layer[f"mlp.{name}.weight"]
-    return theirs
-
-
-def _mlp(layer: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    return {
-        "norm.weight": layer["mlp.linear_fc1.layer_norm_weight"],
-        "mixer.up_proj.weight": layer["mlp.linear_fc1.weight"],
-        "mixer.down_proj.weight": layer["mlp.linear_fc2.weight"],
-    }
-
-
-def transplant(ours: Nemotron3Model, model: ModelConfig, nemotron_h: ModuleType) -> Any:
-    """transformers' model with our weights; every one of its tensors must get a value."""
-    theirs = nemotron_h.NemotronHForCausalLM(their_config(model))
-    theirs.load_state_dict(their_names(dict(ours.state_dict()), model), strict=True)
-    return theirs
-
-
-def tokens(batch: int, seq: int, vocabulary: int) -> Tensor:
-    """(b, s + 1) token ids."""
-    return torch.randint(vocabulary, (batch, seq + 1), generator=torch.Generator().manual_seed(2))
-
-
-def our_results(ours: Nemotron3Model, model: ModelConfig, ids: Tensor) -> dict[str, Tensor]:
+def our_results(ours: Nemotron3Model, model: ModelConfig, batch: MicroBatch, isolated: bool) -> dict[str, Tensor]:
     """Logits, and by transformers' names the gradients of the mean loss that our training forward gives."""
-    inputs, labels = ids[:, :-1], ids[:, 1:]
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    documents = batch.documents if isolated else None
     ours.zero_grad()
-    ours(inputs, positions, labels.unsqueeze(0)).mean().backward()
+    losses = ours(batch.tokens, batch.position_ids, batch.labels, documents)
+    (losses * batch.loss_mask).sum().div(batch.loss_mask.sum()).backward()
     with torch.no_grad():
-        logits = ours(inputs, positions)
+        logits = ours(batch.tokens, batch.position_ids, documents=documents)
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     return {"logits": logits} | their_names(gradients, model)
 
 
-def their_results(theirs: Any, ids: Tensor) -> dict[str, Tensor]:
+def their_results(theirs: Any, ids: Tensor, documents: list[Document]) -> dict[str, Tensor]:
+    """The same from transformers, which is given each document by itself: its last token predicts nothing."""
     theirs.zero_grad()
-    logits = theirs(ids[:, :-1]).logits
-    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    return {"logits": logits.detach()} | {name: p.grad for name, p in theirs.named_parameters()}
+    logits = torch.zeros(ids.shape[0], ids.shape[1] - 1, theirs.config.vocab_size, dtype=theirs.dtype)
+    total, count = torch.zeros((), dtype=theirs.dtype), 0
+    for row, where in documents:
+        text = ids[row, where]
+        inputs = text[: logits.shape[1] - where.start]
+        found = theirs(inputs[None]).logits[0]
+        predicted = min(len(inputs), len(text) - 1)
+        total = total + F.cross_entropy(found[:predicted], text[1 : predicted + 1], reduction="sum")
+        count += predicted
+        logits[row, where.start : where.start + len(inputs)] = found.detach()
+    total.div(count).backward()
+    return {"logits": logits} | {name: p.grad for name, p in theirs.named_parameters()}
 
 
-def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each tensor relative to its largest value."""
-    assert found.keys() == expected.keys()
-    return {
-        name: ((found[name].double() - e).abs().max() / e.abs().max()).item() for name, e in expected.items()
-    }
+ROWS: list[Document] = [(0, slice(0, 46)), (1, slice(0, 46))]
 
 
 @LATENT
@@ -189,9 +100,55 @@ def test_same_function(latent: int | None, build: Build, nemotron_h: ModuleType,
     model = architecture(latent)
     ours = build(model)
     theirs = transplant(ours, model, nemotron_h)
-    ids = tokens(2, 45, model.vocab_size)
+    ids = windows()
     with in_float64():
-        found = our_results(ours.double(), model, ids)
-        expected = their_results(theirs.double(), ids)
+        batch = build_micro_batch(ids, mtp_depths=0, eod_token=EOD, isolate_documents=False)
+        found = our_results(in_double(ours), model, batch, isolated=False)
+        expected = their_results(theirs.double(), ids, ROWS)
     worst = errors(found, expected)
     assert max(worst.values()) < 1e-10, worst
+
+
+def test_packed_documents_are_separate_sequences(build: Build, nemotron_h: ModuleType, in_float64: Float64) -> None:
+    """A packed row gives what transformers gives for each of its documents alone (of 1, 2, 18 and 25 tokens)."""
+    model = architecture(16)
+    ours = build(model)
+    theirs = transplant(ours, model, nemotron_h)
+    ends = (0, 2, 20)
+    ids = windows(ends)
+    starts = [0, *(end + 1 for end in ends), 46]
+    documents = [(0, slice(*cut)) for cut in pairwise(starts)] + ROWS[1:]
+    with in_float64():
+        batch = build_micro_batch(ids, mtp_depths=0, eod_token=EOD, isolate_documents=True)
+        found = our_results(in_double(ours), model, batch, isolated=True)
+        expected = their_results(theirs.double(), ids, documents)
+    worst = errors(found, expected)
+    assert max(worst.values()) < 1e-10, worst
+
+
+@LATENT
+def test_float32_rounds_no_worse(
+    latent: int | None,
+    build: Build,
+    nemotron_h: ModuleType,
+    in_float64: Float64,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """In float32 our distance from the exact (float64) result is that of transformers' float32.
+
+    Both do the same operations in another order: their errors are draws of one size, which the reference measures
+    as its worst tensor of about 80. Ours may be the less lucky draw: 8 times, one decimal digit less 20 %.
+    """
+    model = architecture(latent)
+    ours = build(model)
+    theirs = transplant(ours, model, nemotron_h)
+    ids = windows()
+    batch = build_micro_batch(ids, mtp_depths=0, eod_token=EOD, isolate_documents=False)
+    found, reference = our_results(ours, model, batch, isolated=False), their_results(theirs, ids, ROWS)
+    with in_float64():
+        exact = their_results(theirs.double(), ids, ROWS)
+    worst, yardstick = max(errors(found, exact).values()), max(errors(reference, exact).values())
+    record_property("max_relative_error", worst)
+    record_property("max_relative_error_of_transformers", yardstick)
+    assert yardstick < 1e-4, "the reference is not in float32"
+    assert worst <= 8 * yardstick

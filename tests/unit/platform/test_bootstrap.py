@@ -12,7 +12,7 @@ from nemotron3_megatron.platform import bootstrap, rewrite
 
 
 def fresh(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=False)
 
 
 def test_importing_the_package_imports_neither_torch_nor_megatron() -> None:
