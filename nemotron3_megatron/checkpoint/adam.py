@@ -63,9 +63,7 @@ def correct_places(part: DistributedOptimizer) -> None:
     """
     part.model_param_group_index_map = {
         parameter: (group, place)
-        for group, (wholes, halves) in enumerate(
-            zip(part.model_fp32_groups, part.model_float16_groups, strict=True)
-        )
+        for group, (wholes, halves) in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True))
         for place, parameter in enumerate([*wholes, *halves])
     }
 

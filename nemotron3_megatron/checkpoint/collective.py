@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch.distributed as dist
-
-T = TypeVar("T")
 
 
 def is_rank_zero() -> bool:
@@ -15,35 +13,39 @@ def is_rank_zero() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def on_rank_zero(action: Callable[[], T]) -> T:
+def on_rank_zero[T](action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0; its result, or the exception it raised, is every rank's. A collective."""
     if not dist.is_initialized():
         return action()
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [(action(), None)]
-        except Exception as error:
-            outcome = [(None, error)]
+    outcome = [_outcome(action) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome, src=0)
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    assert outcome[0] is not None
+    return outcome[0].result()
 
 
-def on_every_rank(action: Callable[[], T]) -> list[T]:
+def on_every_rank[T](action: Callable[[], T]) -> list[T]:
     """Run ``action`` everywhere; the results in rank order, or the first rank's exception. A collective."""
     if not dist.is_initialized():
         return [action()]
-    mine: tuple[T | None, Exception | None]
-    try:
-        mine = (action(), None)
-    except Exception as error:
-        mine = (None, error)
+    mine = _outcome(action)
     outcomes = [mine] * dist.get_world_size()
     dist.all_gather_object(outcomes, mine)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [result for result, _ in outcomes]  # type: ignore[misc]
+    return [outcome.result() for outcome in outcomes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome[T]:
+    value: T | None
+    error: Exception | None
+
+    def result(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]
+
+
+def _outcome[T](action: Callable[[], T]) -> _Outcome[T]:
+    try:
+        return _Outcome(action(), None)
+    except Exception as error:
+        return _Outcome(None, error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron3_megatron.checkpoint import adam, compare, content, manifest
 from nemotron3_megatron.checkpoint.collective import is_rank_zero, on_every_rank, on_rank_zero
@@ -173,7 +172,7 @@ class CheckpointStore:
             path.rename(doomed)  # at once, so that no half-deleted directory ever looks like a checkpoint
             shutil.rmtree(doomed)
 
-    def _save_error(self, step: int, partial: Path, error: Exception) -> UserError:
+    def _save_error(self, step: int, partial: Path, error: BaseException) -> UserError:
         if is_rank_zero():
             shutil.rmtree(partial, ignore_errors=True)
         previous = next((path.name for path in self._complete()), None) if is_rank_zero() else None

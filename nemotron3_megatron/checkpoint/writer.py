@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -31,9 +32,9 @@ class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
                 ``failures`` hold the cause by rank.
         """
         shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        dcp.save(
+        save(
             mcore_to_pyt_state_dict(shards),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True),
+            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True),
             planner=MCoreSavePlanner(
                 dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
             ),

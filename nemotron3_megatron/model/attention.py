@@ -38,8 +38,7 @@ def whole_documents(documents: Tensor, cp_group: ProcessGroup) -> Tensor:
     """Document indices (B, S) of this rank's part of the sequence -> (B, G) of the whole one."""
     if cp_group.size() == 1:
         return documents
-    gathered: Tensor = _GatherSequence.apply(documents.t(), cp_group)
-    return gathered.t().contiguous()
+    return gather_sequence(documents.t(), cp_group).t().contiguous()
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -62,6 +61,12 @@ class _GatherSequence(torch.autograd.Function):
         return grad.index_select(0, ctx.mine), None
 
 
+def gather_sequence(local: Tensor, group: ProcessGroup) -> Tensor:
+    """(S, ...) of this rank -> (G, ...) of all ranks in natural order; differentiable."""
+    gathered: Tensor = _GatherSequence.apply(local, group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
 class DocumentAttention(nn.Module):
     """``core_attention`` over scaled-dot-product attention.
 
@@ -76,14 +81,15 @@ class DocumentAttention(nn.Module):
         attn_mask_type: object,
         attention_type: str,
         softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         **unused: object,
     ) -> None:
         super().__init__()
         if config.attention_dropout:
             raise ValueError("attention dropout is not implemented: Nemotron 3 trains without dropout")
         self.scale = softmax_scale
-        self.cp_group: ProcessGroup = pg_collection.cp if pg_collection is not None else None
+        self.cp_group: ProcessGroup = pg_collection.cp
 
     def forward(
         self,
@@ -97,8 +103,8 @@ class DocumentAttention(nn.Module):
         """query (S, B, N, D), key and value (S, B, K, D) -> (S, B, N * D)."""
         cp_size = self.cp_group.size()
         if cp_size > 1:
-            key = _GatherSequence.apply(key, self.cp_group)
-            value = _GatherSequence.apply(value, self.cp_group)
+            key = gather_sequence(key, self.cp_group)
+            value = gather_sequence(value, self.cp_group)
         mask = self._mask(query, key.shape[0], packed_seq_params)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(

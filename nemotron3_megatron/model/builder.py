@@ -66,7 +66,7 @@ def stack_spec(model: ModelConfig, implementation: Spec) -> ModuleSpec:
     return torch_stack_spec(model.mamba_chunk_size)
 
 
-def model_sharded_state(chunk: nn.Module, groups: ProcessGroupCollection) -> ShardedStateDict:
+def model_sharded_state(chunk: Nemotron3Model, groups: ProcessGroupCollection) -> ShardedStateDict:
     """The chunk's tensors with their global names and offsets: the basis of checkpoints and initialisation."""
     return chunk.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp, "singleton_local_shards": False})
 

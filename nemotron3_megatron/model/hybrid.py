@@ -30,7 +30,8 @@ class TorchHybridStack(HybridStack):  # type: ignore[misc]
         if not hasattr(self, "final_norm"):
             return hidden
         normed = self.final_norm(hidden)
-        return make_viewless_tensor(inp=normed, requires_grad=normed.requires_grad, keep_graph=True)
+        viewless: Tensor = make_viewless_tensor(inp=normed, requires_grad=normed.requires_grad, keep_graph=True)
+        return viewless
 
 
 class Nemotron3Model(HybridModel):  # type: ignore[misc]
@@ -61,12 +62,13 @@ class Nemotron3Model(HybridModel):  # type: ignore[misc]
         """
         packed = None if documents is None else document_params(whole_documents(documents, self.pg_collection.cp))
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
-        hidden = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=packed)
+        hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:
             return hidden
         if labels is None:
             logits, _ = self.output_layer(hidden, runtime_gather_output=True)
-            return logits.transpose(0, 1).contiguous()
+            whole: Tensor = logits.transpose(0, 1).contiguous()
+            return whole
         if self.mtp_process:
             hidden = self.mtp(
                 input_ids=tokens,

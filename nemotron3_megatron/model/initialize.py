@@ -72,7 +72,7 @@ def draw_for(name: str, model: ModelConfig) -> Draw:
     if name.endswith("expert_bias"):
         return lambda _, shape: np.zeros(shape, np.float32)
     if name.endswith("A_log"):
-        return lambda rng, shape: np.log(_uniform(rng, shape, *A_RANGE))
+        return _a_log
     if name.endswith("dt_bias"):
         return _dt_bias
     if ".conv1d" in name:
@@ -81,12 +81,17 @@ def draw_for(name: str, model: ModelConfig) -> Draw:
     if "weight" in name:
         layers = len(model.pattern)
         std = model.init_method_std / (math.sqrt(layers) if _RESIDUAL_OUTPUTS.search(name) else 1.0)
-        return lambda rng, shape: rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
+        return lambda rng, shape: (rng.standard_normal(shape, dtype=np.float32) * std).astype(np.float32)
     raise ValueError(f"no initialisation rule for parameter {name!r}")
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, ...], low: float, high: float) -> FloatArray:
     return (rng.random(shape, dtype=np.float64) * (high - low) + low).astype(np.float32)
+
+
+def _a_log(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
+    logarithm: FloatArray = np.log(_uniform(rng, shape, *A_RANGE)).astype(np.float32)
+    return logarithm
 
 
 def _dt_bias(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:

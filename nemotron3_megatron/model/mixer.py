@@ -9,6 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_mixer import MambaMixer
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from nemotron3_megatron.model.gated_norm import GatedRMSNorm
@@ -54,18 +55,17 @@ class TorchMambaMixer(DocumentMambaMixer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _let_constructor_pass()
         super().__init__(*args, **kwargs)
-        tp_group = self.norm.tp_group
-        self.norm = GatedRMSNorm(
+        # In place of mamba-ssm's Triton norm, which the constructor builds where it can.
+        self.norm: GatedRMSNorm = GatedRMSNorm(
             self.d_inner_local_tp,
             eps=MAMBA_NORM_EPSILON,
             group_size=self.d_inner_local_tp // self.ngroups_local_tp,
             norm_before_gate=False,
-            device=self.norm.weight.device,
+            device=self.D.device,
             dtype=self.config.params_dtype,
         )
-        self.norm.tp_group = tp_group
-        self.norm.weight.tensor_model_parallel = True
-        self.norm.weight.partition_dim = 0
+        self.norm.tp_group = self.pg_collection.tp
+        set_tensor_model_parallel_attributes(self.norm.weight, is_parallel=True, dim=0, stride=1)
 
     def mix(self, zxbcdt: Tensor, documents: Tensor | None) -> Tensor:
         return mamba2_mix(

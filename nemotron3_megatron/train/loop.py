@@ -11,9 +11,7 @@ from nemotron3_megatron.train.schedule import learning_rate
 from nemotron3_megatron.train.step import Trainer, train_step
 
 
-def run_steps(
-    trainer: Trainer, data: TrainingData, progress: Progress, callbacks: Sequence[Callback]
-) -> Stop | None:
+def run_steps(trainer: Trainer, data: TrainingData, progress: Progress, callbacks: Sequence[Callback]) -> Stop | None:
     """Train from ``progress`` to the run's last step, or until a callback asks to stop.
 
     Returns:

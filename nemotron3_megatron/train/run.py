@@ -74,9 +74,7 @@ def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> Pr
     return Progress(step=state["step"])
 
 
-def _callbacks(
-    trainer: Trainer, data: TrainingData, store: CheckpointStore, progress: Progress
-) -> list[Callback]:
+def _callbacks(trainer: Trainer, data: TrainingData, store: CheckpointStore, progress: Progress) -> list[Callback]:
     """In the order in which they act after a step; they finish in reverse, so the last save finds writers open."""
     run, groups = trainer.run, trainer.groups
     rank_zero = torch.distributed.get_rank() == 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
 import torch
 from layouts import started
+from tiny import EOD, SEQ_LENGTH, VOCABULARY
+
+import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
 from nemotron3_megatron.data.batch import build_micro_batch
 from nemotron3_megatron.train.step import Trainer
-from tiny import EOD, SEQ_LENGTH, VOCABULARY
 
 LAST_OF_A = 12
 """Position of document A's last token; document B starts after it. Not at a chunk or shard boundary."""

@@ -127,11 +127,14 @@ def _free_port() -> int:
 
 def _rank_main(job: Path, result: Path) -> None:
     """In the child: import the function's file, call it, write what it returns."""
+    import nemotron3_megatron  # noqa: F401  (before any Megatron-Core import: it installs the CPU platform)
+
     document = json.loads(job.read_text())
     source = Path(document["file"])
     sys.path.insert(0, str(source.parent))
     spec = importlib.util.spec_from_file_location(source.stem, source)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[source.stem] = module
     spec.loader.exec_module(module)

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
 import numpy as np
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.distributed import finalize_model_grads
+from tiny import EOD, GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, VOCABULARY, tiny_run
+
+import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
 from nemotron3_megatron.model.builder import build_model, model_sharded_state
@@ -21,7 +23,6 @@ from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
 from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
 from nemotron3_megatron.train.step import Trainer, accumulate_gradients, configure_schedule, train_step
-from tiny import EOD, GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, VOCABULARY, tiny_run
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

@@ -99,7 +99,7 @@ def test_same_function(latent: int | None, build: Build, nemotron_h: ModuleType,
     """Logits and every gradient in float64: equal to 1e-10, so no epsilon, scale, order or bias differs."""
     model = architecture(latent)
     ours = build(model)
-    theirs = transplant(ours, model, nemotron_h)
+    theirs = transplant(dict(ours.state_dict()), model, nemotron_h)
     ids = windows()
     with in_float64():
         batch = build_micro_batch(ids, mtp_depths=0, eod_token=EOD, isolate_documents=False)
@@ -113,7 +113,7 @@ def test_packed_documents_are_separate_sequences(build: Build, nemotron_h: Modul
     """A packed row gives what transformers gives for each of its documents alone (of 1, 2, 18 and 25 tokens)."""
     model = architecture(16)
     ours = build(model)
-    theirs = transplant(ours, model, nemotron_h)
+    theirs = transplant(dict(ours.state_dict()), model, nemotron_h)
     ends = (0, 2, 20)
     ids = windows(ends)
     starts = [0, *(end + 1 for end in ends), 46]
@@ -141,7 +141,7 @@ def test_float32_rounds_no_worse(
     """
     model = architecture(latent)
     ours = build(model)
-    theirs = transplant(ours, model, nemotron_h)
+    theirs = transplant(dict(ours.state_dict()), model, nemotron_h)
     ids = windows()
     batch = build_micro_batch(ids, mtp_depths=0, eod_token=EOD, isolate_documents=False)
     found, reference = our_results(ours, model, batch, isolated=False), their_results(theirs, ids, ROWS)

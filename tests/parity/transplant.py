@@ -110,10 +110,10 @@ def _mlp(layer: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     }
 
 
-def transplant(ours: Nemotron3Model, model: ModelConfig, nemotron_h: ModuleType) -> Any:
-    """transformers' model with our weights; every one of its tensors must get a value."""
+def transplant(ours: dict[str, Tensor], model: ModelConfig, nemotron_h: ModuleType) -> Any:
+    """transformers' model with our weights, a state by our names; every one of its tensors must get a value."""
     theirs = nemotron_h.NemotronHForCausalLM(their_config(model))
-    theirs.load_state_dict(their_names(dict(ours.state_dict()), model), strict=True)
+    theirs.load_state_dict(their_names(ours, model), strict=True)
     return theirs
 
 

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import nemotron3_megatron  # noqa: F401  (first: installs the CPU platform)
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
 from nemotron3_megatron import platform as platforms
 from nemotron3_megatron.checkpoint import adam, content
 from nemotron3_megatron.checkpoint.store import CheckpointStore
@@ -230,9 +230,6 @@ def _batches(trainer: Trainer, step: int) -> list[MicroBatch]:
         windows[:, place + 1] = torch.where(windows[:, place + 1] < 8, windows[:, place + 1], table[windows[:, place]])
     groups = trainer.groups
     mine = windows.chunk(groups.dp.size())[groups.dp.rank()]
-    return [
-        build_micro_batch(window[None], mtp_depths=trainer.run.model.mtp_depths, eod_token=0, isolate_documents=False).shard(
-            groups.cp.rank(), groups.cp.size()
-        )
-        for window in mine
-    ]
+    depths = trainer.run.model.mtp_depths
+    batches = [build_micro_batch(w[None], mtp_depths=depths, eod_token=0, isolate_documents=False) for w in mine]
+    return [batch.shard(groups.cp.rank(), groups.cp.size()) for batch in batches]

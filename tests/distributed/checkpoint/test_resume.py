@@ -13,6 +13,7 @@ import pytest
 from launch import run_ranks
 
 BF16 = {"dtype": "bf16", "overlap": True}  # overlapped gathering: weights are stale until the save asks for them
+RESUMED = {"ep2": {"ep": 2}, "plain_ep2": {"ep": 2, "distributed_optimizer": False}, "bf16": BF16}
 PLAIN_BF16 = {"dtype": "bf16", "distributed_optimizer": False}
 
 
@@ -21,7 +22,7 @@ def resume_bitwise(folder: str) -> dict[str, Any]:
     from job import digest, job, load_newest, save, steps_of, train
 
     report: dict[str, Any] = {}
-    for name, options in {"ep2": {"ep": 2}, "plain_ep2": {"ep": 2, "distributed_optimizer": False}, "bf16": BF16}.items():
+    for name, options in RESUMED.items():
         place = Path(folder) / name
         with job(**options) as trainer:
             first = train(trainer, 0, 3)
@@ -59,6 +60,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
 def without_repairs(folder: str) -> dict[str, str]:
     """What becomes of a resume when one repair is missing."""
     from job import job, save, train
+
     from nemotron3_megatron.checkpoint import adam
 
     shared: list[Any] = []
@@ -157,6 +159,7 @@ def _upstream_distributed_state(part: Any, entries: dict[int, Any], is_loading: 
 
 def _upstream_keys_have_prefix(trainer: Any) -> bool:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
+
     from nemotron3_megatron.checkpoint import content
 
     model = content.sharded(trainer.model, None, is_loading=False)
