@@ -33,14 +33,18 @@ def wanted_shapes(content: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def differences(stored: Shapes, wanted: Shapes) -> list[tuple[str, str, str]]:
-    """Rows (tensor, shape in the checkpoint, shape in the model) for all that does not match."""
+    """Rows (tensor, shape in the checkpoint, shape in the model) for all that does not match.
+
+    Weights and buffers only, as long as any of them differ: optimizer state then differs for the same reason.
+    """
     keys = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
+    keys = [key for key in keys if not key.startswith(adam.PREFIX)] or keys
     return [(key, _shown(stored.get(key)), _shown(wanted.get(key))) for key in keys]
 
 
 def table(rows: list[tuple[str, str, str]]) -> str:
-    """The first rows of :func:`differences` as text, weights before optimizer state."""
-    first = sorted(rows, key=lambda row: (row[0].startswith(adam.PREFIX), row[0]))[:_MAX_ROWS]
+    """The first rows of :func:`differences` as text."""
+    first = rows[:_MAX_ROWS]
     lines = [("tensor", "checkpoint", "model"), *first]
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     text = [

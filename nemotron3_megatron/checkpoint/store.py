@@ -176,11 +176,9 @@ class CheckpointStore:
         if is_rank_zero():
             shutil.rmtree(partial, ignore_errors=True)
         previous = next((path.name for path in self._complete()), None) if is_rank_zero() else None
+        intact = f"; {previous} is intact" if previous else ""
         return UserError(
-            f"the checkpoint of step {step} could not be saved",
-            where=str(self._root),
-            why=_cause(error),
-            nearest=f"{previous} is intact; free or repair the disk and start again" if previous else None,
+            f"the checkpoint of step {step} could not be saved", where=str(self._root), why=_cause(error) + intact
         )
 
 
@@ -233,8 +231,7 @@ def _verify_share(path: Path, found: Manifest) -> None:
     except (ValueError, OSError) as damage:
         raise UserError(
             f"checkpoint {path}",
-            why=f"it cannot be used: {damage}",
-            nearest="remove it, and the run continues from the one before it",
+            why=f"{damage}; remove it, and the run continues from the one before it",
         ) from None
 
 

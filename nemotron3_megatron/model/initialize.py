@@ -98,7 +98,8 @@ def _dt_bias(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
     """Inverse softplus of a time step that is log-uniform in DT_RANGE."""
     low, high = math.log(DT_RANGE[0]), math.log(DT_RANGE[1])
     dt = np.maximum(np.exp(rng.random(shape, dtype=np.float64) * (high - low) + low), DT_FLOOR)
-    return (dt + np.log(-np.expm1(-dt))).astype(np.float32)
+    inverse: FloatArray = (dt + np.log(-np.expm1(-dt))).astype(np.float32)
+    return inverse
 
 
 def _shard(tensor: ShardedTensor, draw: Draw, seed: int) -> FloatArray:

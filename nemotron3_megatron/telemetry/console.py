@@ -1,6 +1,8 @@
 """The console: one aligned line a logged step, coloured on a terminal, plain in a log file.
 
-    step  120/600  20.0%  loss 5.1234  mtp 5.8123 6.0211  |g|   1.23  lr 8.00e-04  12.3k tok/s  eta 3m12s
+::
+
+    step 120/600  20%  loss 5.1234  mtp 5.8123 6.0211  |g|  1.23  lr 8.00e-04  12.3k tok/s  eta 3m12s
 """
 
 from __future__ import annotations
@@ -24,6 +26,11 @@ class Console:
         self._total_tokens = run.tokens_at(run.total_steps)
         self._seconds_per_token = Pace()
         self._first = True
+
+    def resumed(self, step: int) -> None:
+        """Say that this start continues at ``step`` optimizer steps."""
+        seen, all_tokens = format_count(self._run.tokens_at(step)), format_count(self._total_tokens)
+        self._show(Text(f"resumed at step {step}/{self._run.total_steps} ({seen} of {all_tokens} tokens)", "cyan"))
 
     def write(self, record: StepRecord) -> None:
         """Show a step when it is due."""
@@ -64,7 +71,7 @@ def step_line(record: StepRecord, total_steps: int, eta_s: float | None, *, with
         line.append(f"  {record.stage}", "dim")
     line.append("  loss ", "dim").append(_loss(record.loss), "bold green" if math.isfinite(record.loss) else "bold red")
     _append_mtp(line, record.mtp_losses)
-    line.append("  |g| ", "dim").append(f"{record.grad_norm:6.{'0e' if record.grad_norm >= 1e3 else '2f'}}")
+    line.append("  |g| ", "dim").append(f"{record.grad_norm:5.{'0e' if record.grad_norm >= 100 else '2f'}}")
     line.append("  lr ", "dim").append(f"{record.lr:.2e}")
     line.append(f"  {format_count(record.tokens_per_s):>5}").append(" tok/s", "dim")
     line.append("  eta ", "dim").append(format_duration(eta_s), "cyan")
@@ -83,7 +90,8 @@ def eval_line(record: EvalRecord, total_steps: int) -> Text:
 
 def _head(word: str, step: int, total_steps: int) -> Text:
     width = len(str(total_steps))
-    progress = f"{step:>{width}}/{total_steps}  {step / max(total_steps, 1):6.1%}"
+    percent = f"{step / max(total_steps, 1):{'4.0%' if total_steps <= 1000 else '6.1%'}}"
+    progress = f"{step:>{width}}/{total_steps} {percent}"
     return Text().append(f"{word} ", "dim").append(progress)
 
 
@@ -93,4 +101,4 @@ def _append_mtp(line: Text, losses: tuple[float, ...]) -> None:
 
 
 def _loss(value: float) -> str:
-    return f"{value:7.4f}"
+    return f"{value:6.4f}"

@@ -25,17 +25,25 @@ _MTP = ("#8c9bab", "#b9c3cd", "#d3dae0")
 def smoothed(values: Sequence[float], share: float = 0.02) -> Array:
     """Moving average with a Gaussian window; it does not lag, and values that are not finite are bridged.
 
+    The window is narrow at the beginning, where losses fall fastest, and has its full width after a few windows.
+
     Args:
         values: (n,) one value a step.
-        share: standard deviation of the window as a share of n.
+        share: standard deviation of the window as a share of n (between 1 and 50 values).
 
     Returns:
-        (n,) float64; NaN everywhere when no value is finite.
+        (n,) float64; NaN where no finite value is within three standard deviations.
     """
     raw = np.asarray(values, dtype=np.float64)
+    sigma = min(max(len(raw) * share, 1.0), 50.0)
+    start = np.exp(-np.arange(len(raw)) / (2 * sigma))
+    wide, narrow = _gaussian_average(raw, sigma), _gaussian_average(raw, max(sigma / 4, 1.0))
+    return np.where(np.isfinite(narrow), start * narrow + (1 - start) * wide, wide)
+
+
+def _gaussian_average(raw: Array, sigma: float) -> Array:
     finite = np.isfinite(raw)
-    sigma = max(len(raw) * share, 1.0)
-    reach = min(math.ceil(3 * sigma), max(len(raw) - 1, 0))
+    reach = math.ceil(3 * sigma)
     window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     weight = np.convolve(finite.astype(np.float64), window)[reach : reach + len(raw)]
     total = np.convolve(np.where(finite, raw, 0.0), window)[reach : reach + len(raw)]
@@ -68,8 +76,8 @@ def draw_loss_curve(
     figure = Figure(figsize=(11, 7), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-    figure.subplots_adjust(left=0.075, right=0.875, top=0.86, bottom=0.085, hspace=0.08)
-    figure.text(0.075, 0.945, title, fontsize=15, fontweight="bold", color=_INK)
+    figure.subplots_adjust(left=0.08, right=0.875, top=0.87, bottom=0.08, hspace=0.09)
+    figure.text(0.08, 0.95, title, fontsize=15, fontweight="bold", color=_INK)
     ends = _draw_losses(losses, steps, evals, unigram_entropy)
     _draw_rate(rates, steps)
     for axes in (losses, rates):
@@ -79,6 +87,7 @@ def draw_loss_curve(
     _token_axis(losses, steps)
     rates.set_xlabel("step", color=_FAINT)
     rates.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels()
     figure.savefig(path)
 
 
@@ -95,7 +104,7 @@ def _draw_losses(
         ends.append((float(values[-1]), f"MTP {depth + 1}", "#7b8794"))
     raw = [record.loss for record in steps]
     line = smoothed(raw)
-    axes.plot(x, raw, color=_TRAIN, linewidth=0.7, alpha=0.3, zorder=3)
+    axes.plot(x, raw, color=_TRAIN, linewidth=0.7, alpha=0.4, zorder=3)
     axes.plot(x, line, color=_TRAIN, linewidth=2.0, label="train", zorder=4)
     ends.append((float(line[-1]), "train", _TRAIN))
     if evals:
@@ -137,10 +146,11 @@ def _draw_rate(axes: Axes, steps: Sequence[StepRecord]) -> None:
     x, rates = [record.step for record in steps], [record.lr for record in steps]
     axes.plot(x, rates, color=_RATE, linewidth=1.5)
     axes.fill_between(x, rates, color=_RATE, alpha=0.1, linewidth=0)
-    axes.set_ylim(bottom=0)
+    peak = max(rates)
+    axes.set_ylim(0, peak * 1.12 or 1)
+    axes.set_yticks([0, peak / 2, peak] if peak > 0 else [0])
     axes.set_ylabel("learning rate", color=_FAINT)
-    axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def _plain(axes: Axes) -> None:
@@ -151,16 +161,14 @@ def _plain(axes: Axes) -> None:
     axes.tick_params(colors=_FAINT, labelsize=9, length=0)
 
 
-def _limit(
-    axes: Axes, steps: Sequence[StepRecord], evals: Sequence[EvalRecord], unigram_entropy: float | None
-) -> None:
-    """Let neither the first steps nor a spike flatten the rest: the top is the 99th percentile."""
+def _limit(axes: Axes, steps: Sequence[StepRecord], evals: Sequence[EvalRecord], unigram_entropy: float | None) -> None:
+    """Let neither the first steps nor a spike flatten the rest: the top is the 99.7th percentile."""
     train = [record.loss for record in steps if math.isfinite(record.loss)]
     shown = train + [record.validation_loss for record in evals if math.isfinite(record.validation_loss)]
     shown += [loss for record in steps for loss in record.mtp_losses if math.isfinite(loss)]
     shown += [] if unigram_entropy is None else [unigram_entropy]
     if shown:
-        low, high = min(shown), max(float(np.percentile(shown, 99)), unigram_entropy or -math.inf)
+        low, high = min(shown), max(float(np.percentile(shown, 99.7)), unigram_entropy or -math.inf)
         margin = (high - low) * 0.06 or 0.5
         axes.set_ylim(low - margin, high + margin)
     first, last = steps[0].step, max(steps[-1].step, steps[0].step + 1)
@@ -204,8 +212,9 @@ def _token_axis(axes: Axes, steps: Sequence[StepRecord]) -> None:
     top.spines["top"].set_visible(False)
 
 
-def _interpolate(at: Array, x: Array, y: Array) -> Array:
+def _interpolate(places: npt.ArrayLike, x: Array, y: Array) -> Array:
     """Piecewise linear, continued linearly on both sides."""
+    at = np.asarray(places, dtype=np.float64)
     inner = np.interp(at, x, y)
     slopes = (y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
     below, above = np.minimum(at - x[0], 0.0) * slopes[0], np.maximum(at - x[-1], 0.0) * slopes[1]

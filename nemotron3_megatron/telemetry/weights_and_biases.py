@@ -131,7 +131,8 @@ def _start(run: Run, mode: Mode) -> Any:
     except Exception as error:  # network, service, key: none of them may stop training
         log.warning("W&B cannot start %s (%s)", mode, error)
         return None
-    log.info("W&B: %s", session.url or f"offline run in {session.dir}; upload it with `wandb sync`")
+    place = session.url if mode == "online" else f"offline run in {Path(session.dir).parent}; upload it with wandb sync"
+    log.info("W&B: %s", place)
     return session
 
 

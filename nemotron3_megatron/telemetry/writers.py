@@ -40,7 +40,10 @@ def build_writers(run: Run, resumed_step: int | None) -> list[Writer]:
         run: the run.
         resumed_step: optimizer steps in the checkpoint this start continues; None: from the beginning.
     """
-    writers: list[Writer] = [JsonLines(run.run_dir, resumed_step), Console(run)]
+    console = Console(run)
+    if resumed_step is not None:
+        console.resumed(resumed_step)
+    writers: list[Writer] = [JsonLines(run.run_dir, resumed_step), console]
     if run.telemetry.tensorboard:
         writers += _tensorboard(run, resumed_step)
     if run.telemetry.wandb != "disabled":

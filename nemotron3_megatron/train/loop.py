@@ -39,7 +39,7 @@ def run_steps(trainer: Trainer, data: TrainingData, progress: Progress, callback
             lr=lr,
             result=result,
             step_time_s=seconds,
-            last=stop is not None or progress.step == run.total_steps,
+            last=progress.step == run.total_steps,
         )
         for callback in callbacks:
             callback.step_done(event)

@@ -6,15 +6,17 @@ import math
 from dataclasses import dataclass
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import nn
 
 from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.model.builder import model_sharded_state
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.model.transformer_config import DTYPES
 
@@ -99,7 +101,13 @@ def build_optimizer(
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, model, use_gloo_process_groups=False, pg_collection=groups)
+    optimizer: MegatronOptimizer = get_megatron_optimizer(
+        config, model, use_gloo_process_groups=False, pg_collection=groups
+    )
+    for group in optimizer.param_groups:
+        # Megatron-Core marks the groups without decay and leaves it to its own scheduler to heed the mark.
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
@@ -125,15 +133,29 @@ def update(optimizer: MegatronOptimizer, model: list[DistributedDataParallel], c
 
 def _non_finite_parameters(model: list[DistributedDataParallel]) -> tuple[str, ...]:
     """Names of parameters with a non-finite gradient on any rank."""
-    mine = [name for chunk in model for name in _non_finite_in(chunk.module)]
+    mine = [name for wrapped in model for name in _non_finite_in(wrapped.module)]
     everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everyone, mine)
     return tuple(sorted({name for names in everyone for name in names}))
 
 
-def _non_finite_in(module: nn.Module) -> list[str]:
+def _non_finite_in(chunk: Nemotron3Model) -> list[str]:
+    names = _global_names(chunk)
     return [
-        name
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all()  # type: ignore[attr-defined]
+        names.get(id(parameter), name)
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all()
     ]
+
+
+def _global_names(chunk: Nemotron3Model) -> dict[int, str]:
+    """Checkpoint names by ``id(parameter)``, with an expert's number in brackets.
+
+    Module names would mislead: they count layers from the pipeline stage's first and experts from the rank's first.
+    """
+    names = {}
+    for tensor in nested_values(model_sharded_state(chunk, chunk.pg_collection)):
+        if isinstance(tensor, ShardedTensor | ShardedTensorFactory):
+            expert = tensor.global_offset[: tensor.prepend_axis_num] if isinstance(tensor, ShardedTensor) else ()
+            names[id(tensor.data)] = f"{tensor.key}{list(expert) or ''}"
+    return names

@@ -31,7 +31,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 def started(options: dict[str, Any]) -> Iterator[Trainer]:
     """A trainer for ``tiny_run(world, **options)``; groups are torn down afterwards."""
     run = tiny_run(int(os.environ["WORLD_SIZE"]), **options)
-    platform = select("cpu")
+    platform = select(run.device)
     platform.start(int(os.environ["LOCAL_RANK"]))
     groups = start_groups(run, platform)
     try:
@@ -137,7 +137,7 @@ def _shards(run: Run, chunk: Any, trainer: Trainer) -> list[tuple[str, tuple[int
             tensor.key,
             tensor.global_shape,
             tensor.global_offset,
-            tensor.data.detach().float().numpy().reshape(*[1] * tensor.prepend_axis_num, *tensor.data.shape),
+            tensor.data.detach().float().cpu().numpy().reshape(*[1] * tensor.prepend_axis_num, *tensor.data.shape),
         )
         for tensor in nested_values(state)
         if isinstance(tensor, ShardedTensor) and "expert_bias" not in tensor.key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from nemotron3_megatron.config.recipe import (
     CheckpointConfig,
@@ -41,6 +42,8 @@ def tiny_run(
     recompute_modules: tuple[str, ...] = (),
     isolate_documents: bool = True,
     seed: int = 11,
+    device: Literal["cpu", "cuda"] = "cpu",
+    spec: Literal["torch", "te"] = "torch",
 ) -> Run:
     """``stack`` carries the pipeline cuts, which are left out when pp = 1."""
     pattern = stack.replace("|", "")
@@ -69,6 +72,7 @@ def tiny_run(
         mtp_use_repeated_layer=repeated_mtp,
         mtp_loss_scaling_factor=0.3,
         init_method_std=0.1,
+        spec=spec,
     )
     dp = world_size // (tp * pp * cp)
     stage = Stage(
@@ -86,7 +90,7 @@ def tiny_run(
         name="tiny_test",
         run_dir=Path("unused"),
         seed=seed,
-        device="cpu",
+        device=device,
         total_steps=100,
         model=model,
         precision=PrecisionConfig(name=dtype, dtype=dtype),  # type: ignore[arg-type]

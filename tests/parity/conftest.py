@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
 import pytest
 import torch
+from transformers.models.nemotron_h import modeling_nemotron_h
+
+import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
 from nemotron3_megatron.config import resolve
 from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.recipe import (
@@ -29,7 +31,6 @@ from nemotron3_megatron.model.builder import build_model
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
-from transformers.models.nemotron_h import modeling_nemotron_h
 
 sys.path.insert(0, str(Path(__file__).parent))  # ``transplant``, shared by the tests here
 

@@ -1,9 +1,9 @@
 """Our Mamba-2 kernels against other people's.
 
-Hugging Face transformers' own pure-torch ``nemotron_h`` layers are always here (a dev dependency), but work in float32
-whatever they are given. mamba-ssm's and causal-conv1d's published reference functions also work in float64; they come
-with the ``cuda`` extra, and their tests are skipped where it is not installed (they need no GPU). The definition itself,
-in float64, is the oracle of tests/unit/model.
+Hugging Face transformers' own pure-torch ``nemotron_h`` layers are always here (a dev dependency), but work in
+float32 whatever they are given. mamba-ssm's and causal-conv1d's published reference functions also work in float64;
+they come with the ``cuda`` extra, and their tests are skipped where it is not installed (they need no GPU, but the
+packages do not build without CUDA's compiler). The definition itself, in float64, is the oracle of tests/unit/model.
 """
 
 from __future__ import annotations

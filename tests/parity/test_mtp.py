@@ -16,12 +16,13 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transplant import errors, in_double, their_names, transplant
+
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.data.batch import build_micro_batch
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.train.loss import loss_weights, mean_losses, weighted_loss
-from torch import Tensor
-from transplant import errors, in_double, their_names, transplant
 
 Build = Callable[[ModelConfig], Nemotron3Model]
 Float64 = Callable[[], AbstractContextManager[None]]

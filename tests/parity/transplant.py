@@ -7,10 +7,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from nemotron3_megatron.config.recipe import ModelConfig
-from nemotron3_megatron.model.hybrid import Nemotron3Model
 from torch import Tensor
 from transformers import NemotronHConfig
+
+from nemotron3_megatron.config.recipe import ModelConfig
+from nemotron3_megatron.model.hybrid import Nemotron3Model
 
 
 def their_config(model: ModelConfig) -> NemotronHConfig:

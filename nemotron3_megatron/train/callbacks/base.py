@@ -40,7 +40,7 @@ class StepEvent:
     result: StepResult
     step_time_s: float
     last: bool
-    """No step follows in this start."""
+    """The run's last step. False where a stop ends this start: a preempted run has no time to lose."""
 
 
 class Callback:

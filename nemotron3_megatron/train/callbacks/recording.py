@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from nemotron3_megatron.config.run import Run
@@ -10,6 +11,8 @@ from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
 from nemotron3_megatron.telemetry.throughput import tokens_per_second
 from nemotron3_megatron.telemetry.writers import Writer
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
+
+_log = logging.getLogger(__name__)
 
 Evaluate = Callable[[StepEvent], tuple[float, ...]]
 
@@ -53,7 +56,9 @@ class Validation(Callback):
     """Held-out loss every so many steps and after the last one."""
 
     def __init__(self, run: Run, evaluate: Evaluate, writers: Sequence[Writer]) -> None:
-        self._every = run.eval_every_steps
+        self._every = run.eval_every_steps if run.data.validation else None
+        if run.eval_every_steps and not run.data.validation:
+            _log.warning("no held-out loss: telemetry.eval_every is set, but data.validation is empty")
         self._evaluate = evaluate
         self._writers = writers
 

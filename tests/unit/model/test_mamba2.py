@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,7 @@ def test_documents_equal_separate_sequences() -> None:
     t = draw(torch.float64)
     cuts = [0, 2, 3, 13, 21]
     seq_idx = torch.repeat_interleave(torch.tensor([0, 1, 0, 1]), torch.tensor(cuts).diff()).expand(2, -1)
-    parts = [mix([t[0][:, start:stop], *t[1:]]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    parts = [mix([t[0][:, start:stop], *t[1:]]) for start, stop in pairwise(cuts)]
     torch.testing.assert_close(mix(t, seq_idx), torch.cat(parts, dim=1), rtol=1e-10, atol=1e-12)
 
 

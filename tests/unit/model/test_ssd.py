@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -251,7 +252,7 @@ def test_documents_equal_separate_sequences() -> None:
     packed, last = ssd(i.x, i.dt, i.A, i.B, i.C, chunk_size=8, seq_idx=seq_idx, return_final_states=True)
     parts = [
         ssd(i.x[:, s], i.dt[:, s], i.A, i.B[:, s], i.C[:, s], chunk_size=8, return_final_states=True)
-        for s in map(slice, cuts, cuts[1:])
+        for s in (slice(*cut) for cut in pairwise(cuts))
     ]
     torch.testing.assert_close(packed, torch.cat([y for y, _ in parts], dim=1), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(last, parts[-1][1], rtol=1e-10, atol=1e-12)

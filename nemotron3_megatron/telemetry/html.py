@@ -1,0 +1,55 @@
+"""One self-contained HTML page: tables and a picture, no script, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 1100px; margin: 2.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: .5rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+img { width: 100%; height: auto; border: 1px solid #e4e8ec; border-radius: 8px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem 1.4rem .3rem 0; border-bottom: 1px solid #e4e8ec; vertical-align: top; }
+th, td.name { color: #66727f; font-weight: 500; }
+td { overflow-wrap: anywhere; }
+@media print { body { margin: 0; } }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A titled table; without column names its first column is names."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[Sequence[str]]
+
+
+def page(title: str, picture_png: bytes, sections: Sequence[Section]) -> str:
+    """The whole page; sections without rows are left out."""
+    picture = base64.b64encode(picture_png).decode("ascii")
+    body = "\n".join(_section(section) for section in sections if section.rows)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f'<img alt="Loss curves" src="data:image/png;base64,{picture}">\n{body}\n</body>\n</html>\n'
+    )
+
+
+def _section(section: Section) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in section.columns)
+    lines = [f"<tr>{head}</tr>"] if head else []
+    lines += [f"<tr>{_cells(row, first_is_name=not head)}</tr>" for row in section.rows]
+    return f"<h2>{escape(section.title)}</h2>\n<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _cells(row: Sequence[str], *, first_is_name: bool) -> str:
+    cells = [f"<td>{escape(cell)}</td>" for cell in row]
+    if first_is_name and cells:
+        cells[0] = f'<td class="name">{escape(row[0])}</td>'
+    return "".join(cells)

@@ -1,0 +1,113 @@
+"""Which checkpoint is the newest good one, what is deleted, and what a killed process may leave behind."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from nemotron3_megatron.checkpoint import manifest
+from nemotron3_megatron.checkpoint.manifest import Manifest
+from nemotron3_megatron.checkpoint.store import CheckpointStore, load_state
+from nemotron3_megatron.config.errors import UserError
+
+
+def _write(path: Path, step: int) -> Path:
+    path.mkdir(parents=True)
+    (path / "data").write_bytes(b"data")
+    files = {"data": manifest.record(path / "data")}
+    manifest.write(Manifest(step=step, optimizer_step=step, layout={}, files=files, state={"step": step}), path)
+    return path
+
+
+def _steps(run_dir: Path, *steps: int) -> list[Path]:
+    return [_write(run_dir / "checkpoints" / f"step_{step:08d}", step) for step in steps]
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "never made").newest() is None
+
+
+def test_newest_is_by_number(tmp_path: Path) -> None:
+    paths = _steps(tmp_path, 99_999_999, 5, 100_000_000)
+    assert CheckpointStore(tmp_path).newest() == paths[2]
+
+
+def test_others_are_ignored(tmp_path: Path) -> None:
+    (good,) = _steps(tmp_path, 5)
+    for name in (".step_00000009.partial", "step_00000009.bak", "step_9", ".step_00000008.deleted", "best"):
+        _write(good.parent / name, 9)
+    assert CheckpointStore(tmp_path).newest() == good
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: (path / "data").write_bytes(b"dat"), "data has 3 of 4 bytes"),
+        (lambda path: (path / "data").unlink(), "data is missing"),
+        (lambda path: (path / manifest.FILE_NAME).unlink(), "never completed"),
+        (lambda path: (path / manifest.FILE_NAME).write_text("{"), "cannot be read"),
+    ],
+)
+def test_damaged_ones_are_passed_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object, reason: str
+) -> None:
+    good, bad = _steps(tmp_path, 5, 10)
+    damage(bad)  # type: ignore[operator]
+    with caplog.at_level(logging.WARNING):
+        assert CheckpointStore(tmp_path).newest() == good
+    (message,) = caplog.messages
+    assert "step_00000010 is damaged" in message
+    assert reason in message
+    assert "falling back" in message
+
+
+def test_load_state_needs_no_process_group(tmp_path: Path) -> None:
+    (path,) = _steps(tmp_path, 5)
+    assert load_state(path) == {"step": 5}
+    (path / "data").unlink()
+    with pytest.raises(UserError, match="not complete: data is missing"):
+        load_state(path)
+    with pytest.raises(UserError, match="never completed"):
+        load_state(tmp_path / "nothing")
+
+
+def test_retention_counts_complete_ones_only(tmp_path: Path) -> None:
+    paths = _steps(tmp_path, 1, 2, 3, 4)
+    (paths[3] / "data").unlink()
+    CheckpointStore(tmp_path)._delete_oldest(2)
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == [
+        "step_00000002",
+        "step_00000003",
+        "step_00000004",
+    ]
+
+
+def test_retention_never_deletes_the_last(tmp_path: Path) -> None:
+    (path,) = _steps(tmp_path, 1)
+    CheckpointStore(tmp_path)._delete_oldest(0)
+    assert path.is_dir()
+
+
+def test_killed_between_retiring_and_replacing(tmp_path: Path) -> None:
+    (path,) = _steps(tmp_path, 5)
+    retired = path.with_name(".step_00000005.retired")
+    path.rename(retired)
+    assert CheckpointStore(tmp_path).newest() == path
+    assert not retired.exists()
+
+
+def test_killed_before_the_retired_one_is_removed(tmp_path: Path) -> None:
+    (path,) = _steps(tmp_path, 5)
+    retired = _write(path.with_name(".step_00000005.retired"), 4)
+    assert load_state(CheckpointStore(tmp_path).newest() or tmp_path) == {"step": 5}
+    assert not retired.exists()
+
+
+def test_leftovers_are_swept_before_a_save(tmp_path: Path) -> None:
+    (path,) = _steps(tmp_path, 5)
+    for name in (".step_00000007.partial", ".step_00000003.deleted"):
+        _write(path.parent / name, 1)
+    CheckpointStore(tmp_path)._make_room(path.with_name(".step_00000006.partial"))
+    assert sorted(found.name for found in path.parent.iterdir()) == [".step_00000006.partial", "step_00000005"]
