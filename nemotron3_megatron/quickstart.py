@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -41,12 +40,13 @@ NEW_TOKENS = 48
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
-@dataclass(frozen=True, slots=True)
 class Failed(Exception):
     """A command of the quickstart ended with an error, which it has shown itself."""
 
-    command: str
-    status: int
+    def __init__(self, command: str, status: int) -> None:
+        self.command = command
+        self.status = status
+        super().__init__(f"{command} ended with status {status}")
 
 
 def main(overrides: Sequence[str]) -> int:

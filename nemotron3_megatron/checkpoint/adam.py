@@ -53,6 +53,21 @@ def prepare(optimizer: MegatronOptimizer) -> None:
     allocate_state(optimizer)
 
 
+def gather_weights(optimizer: MegatronOptimizer) -> None:
+    """Let every rank hold the weights of the last update. A collective.
+
+    With overlapped gathering those of other ranks' shards otherwise arrive only in the next forward pass.
+    """
+    wrapped = {
+        id(chunk): chunk
+        for part in parts(optimizer)
+        if isinstance(part, DistributedOptimizer) and part.ddp_config.overlap_param_gather
+        for chunk in part.model_chunks
+    }
+    for chunk in wrapped.values():
+        chunk.start_param_sync(force_sync=True)
+
+
 def correct_places(part: DistributedOptimizer) -> None:
     """Recompute where each model parameter's shard stands in its parameter group.
 
@@ -149,8 +164,8 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loa
         TypeError: an optimizer this module does not know how to store.
     """
     states: dict[str, Any] = {}
+    entries = {id(entry.data): entry for entry in nested_values(model) if entry.data is not None}
     for index, part in enumerate(parts(optimizer)):
-        entries = {id(entry.data): entry for entry in nested_values(model) if entry.data is not None}
         if isinstance(part, DistributedOptimizer):
             states[str(index)] = _distributed_state(part, entries, is_loading)
         else:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
@@ -40,11 +39,8 @@ def save(directory: Path, chunks: list[MegatronModule], optimizer: MegatronOptim
     Raises:
         torch.distributed.checkpoint.CheckpointException: some rank could not write.
     """
-    for chunk in chunks:
-        # With overlapped gathering the weights of other ranks' shards arrive only in the next forward pass.
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
     if optimizer is not None:
+        adam.gather_weights(optimizer)
         adam.prepare(optimizer)
     tensors = sharded(chunks, optimizer, is_loading=False)
     # Replicas share the writing.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
@@ -125,7 +124,7 @@ class CheckpointStore:
         _require_match(path, template, weights_only=optimizer is None)
         try:
             content.load(path, template, chunks, optimizer, with_rng=found.layout == layout)
-        except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+        except (OSError, CheckpointException) as error:
             raise UserError(f"checkpoint {path}", why=f"it cannot be read: {_cause(error)}") from error
         if optimizer is not None and found.optimizer_step is not None:
             adam.set_step(optimizer, found.optimizer_step)

@@ -100,16 +100,16 @@ def test_weight_decay_is_for_matrices_only(results: Results) -> None:
 
 
 def test_update_is_adamw_with_clipping_by_the_global_norm(results: Results) -> None:
-    """Against float64: each of 2 updates moves a weight by about the rate, 1e-3, with a relative error of a dozen
-    float32 operations (12 * 6e-8), and rounds the weight itself (at most 16: A_log, D and norms are below 4) by
-    2^-24 of its size. The norm sums 3e4 squares in float32: sqrt(3e4) * 6e-8 = 1e-5.
+    """Against float64. Each of 2 updates moves a weight by about the rate, 1e-3, with the relative error of the norm
+    (3e4 squares summed in float32: sqrt(3e4) * 6e-8 = 1e-5) and of a dozen operations (12 * 6e-8); it rounds the
+    weight itself, below 8 everywhere (dt_bias reaches -6.9), by 2^-24 of its size.
     """
     for rank in results:
         seen = rank["adamw"]
         for wanted, found in seen["norms"]:
             assert found == pytest.approx(wanted, rel=1e-5)
             assert wanted > 2 * seen["clip"], "nothing was clipped"
-        assert seen["error"] < 2 * (1e-3 * 2e-5 + 4 * 2**-24), seen["worst"]
+        assert seen["error"] < 2 * (1e-3 * 2e-5 + 8 * 2**-24), seen["worst"]
 
 
 def _signs(counts: torch.Tensor) -> torch.Tensor:

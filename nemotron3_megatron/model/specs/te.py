@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from nemotron3_megatron.model.mixer import FusedMambaMixer
+from nemotron3_megatron.model.router import Float32Router
 from nemotron3_megatron.model.specs.stack import StackClasses, stack_spec
 
 
@@ -68,6 +71,8 @@ def _boundaries(documents: Tensor) -> Tensor:
 
 def te_stack_spec(chunk_size: int, num_experts: int) -> ModuleSpec:
     """Spec of the hybrid stack; ``chunk_size`` is the Mamba-2 scan's, in tokens."""
+    moe = get_moe_module_spec(use_te=True, num_experts=num_experts, moe_grouped_gemm=True)
+    submodules = replace(moe.keywords["submodules"], router=Float32Router)
     return stack_spec(
         StackClasses(
             stack=HybridStack,
@@ -77,7 +82,7 @@ def te_stack_spec(chunk_size: int, num_experts: int) -> ModuleSpec:
             row_linear=TERowParallelLinear,
             core_attention=DocumentTEAttention,
             mixer=FusedMambaMixer,
-            moe=get_moe_module_spec(use_te=True, num_experts=num_experts, moe_grouped_gemm=True),
+            moe=partial(moe, submodules=submodules),
         ),
         chunk_size,
     )

@@ -21,6 +21,7 @@ from nemotron3_megatron.model.layers import (
 )
 from nemotron3_megatron.model.mixer import TorchMambaMixer
 from nemotron3_megatron.model.moe import TorchMoELayer
+from nemotron3_megatron.model.router import Float32Router
 from nemotron3_megatron.model.specs.stack import StackClasses, stack_spec
 
 
@@ -48,7 +49,7 @@ def torch_stack_spec(chunk_size: int) -> ModuleSpec:
             row_linear=RowParallelLinear,
             core_attention=DocumentAttention,
             mixer=TorchMambaMixer,
-            moe=partial(TorchMoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared)),
+            moe=partial(TorchMoELayer, submodules=MoESubmodules(router=Float32Router, experts=experts, shared_experts=shared)),
         ),
         chunk_size,
     )

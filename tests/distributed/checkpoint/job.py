@@ -210,7 +210,7 @@ def steps_of(trainer: Trainer) -> dict[str, Any]:
 def save(trainer: Trainer, folder: Path, step: int, *, keep_last: int | None = None, **state: Any) -> Path:
     """Save into ``folder`` with a small state."""
     state = {"step": step, **state}
-    return CheckpointStore(folder).save(step, trainer.model, trainer.optimizer, state, keep_last=keep_last)
+    return CheckpointStore(folder).save(step, trainer.chunks, trainer.optimizer, state, keep_last=keep_last)
 
 
 def load_newest(trainer: Trainer, folder: Path) -> dict[str, Any]:

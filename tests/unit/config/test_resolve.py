@@ -16,12 +16,12 @@ def test_stages_follow_each_other_on_both_axes(tiny: Recipe) -> None:
     second = replace(first, seq_length=512, tokens=Duration(10, "steps"))
     run = resolve(replace(tiny, stages={"short": first, "long": second}), 2)
     short, long = run.stages
-    assert (short.first_step, short.steps, short.tokens_per_step) == (0, 489, 4096)  # ceil(2,000,000 / 4096)
-    assert (long.first_step, long.first_token, long.tokens_per_step) == (489, 489 * 4096, 8192)
-    assert run.total_steps == 499
-    assert run.stage_at(489) is long
-    assert run.tokens_at(490) == 489 * 4096 + 8192
-    assert run.schedule.decay_end_tokens == 489 * 4096 + 10 * 8192
+    assert (short.first_step, short.steps, short.tokens_per_step) == (0, 293, 4096)  # ceil(1,200,000 / 4096)
+    assert (long.first_step, long.first_token, long.tokens_per_step) == (293, 293 * 4096, 8192)
+    assert run.total_steps == 303
+    assert run.stage_at(293) is long
+    assert run.tokens_at(294) == 293 * 4096 + 8192
+    assert run.schedule.decay_end_tokens == 293 * 4096 + 10 * 8192
 
 
 def test_max_steps_cuts_the_run_and_not_the_schedule(tiny: Recipe) -> None:

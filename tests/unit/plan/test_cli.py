@@ -31,7 +31,7 @@ def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 def test_plan_as_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--json", "recipe=tiny"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["recipe"], plan["world_size"], plan["tokens_per_step"], plan["steps"]) == ("tiny", 2, 4096, 489)
+    assert (plan["recipe"], plan["world_size"], plan["tokens_per_step"], plan["steps"]) == ("tiny", 2, 4096, 293)
     assert [layer["kind"] for layer in plan["layers"][:4]] == ["mamba", "moe", "mamba", "attention"]
     ends = 2 * 4096 * 128 + 128  # embedding, output layer and final norm
     assert plan["parameters"]["total"] == ends + sum(layer["parameters"] for layer in plan["layers"])
