@@ -13,6 +13,8 @@ _BLANK = 0x2800
 _DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bit of the dot in row r, column c of a braille character (Unicode standard, block 2800-28FF)."""
 _DOTS_X, _DOTS_Y = 2, 4
+_FLAT = 1e-9
+"""Values closer than this are drawn as equal; labels that tell them apart would not fit."""
 _TICK_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
@@ -65,7 +67,7 @@ def plot(series: Sequence[Series], *, width: int = 78, height: int = 16, x_label
         raise ValueError("nothing to plot: no finite point")
     y_low, y_high = _padded(min(y for _, y in flat), max(y for _, y in flat))
     x_low, x_high = min(x for x, _ in flat), max(x for x, _ in flat)
-    if x_high == x_low:
+    if x_high - x_low < _FLAT:
         x_high = x_low + 1
     y_ticks = ticks(y_low, y_high, max(height // 3, 2))
     labels = _tick_labels(y_ticks)
@@ -136,7 +138,7 @@ class _Canvas:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    margin = (high - low) * 0.04 or max(abs(low) * 0.1, 0.5)
+    margin = (high - low) * 0.04 if high - low >= _FLAT else max(abs(low) * 0.1, 0.5)
     return low - margin, high + margin
 
 

@@ -63,10 +63,12 @@ def write_corpus(prefix: Path, *, seed: int, documents: int = 40) -> None:
 
 
 def overrides(run_dir: Path, data: Path, *more: str) -> list[str]:
-    """The command line of a run on the corpora ``train`` and ``validation`` in ``data``."""
-    places = [f"run_dir={run_dir}", "data.tokenizer=null"]
-    places += [f"data.sources.train.path={data}/train", f"data.validation.validation.path={data}/validation"]
-    return [*SMALL, *places, *more]
+    """The command line of a run on the corpora ``train`` and ``validation`` in ``data``;
+    what ``more`` sets again replaces it."""
+    usual = [*SMALL, f"run_dir={run_dir}", "data.tokenizer=null"]
+    usual += [f"data.sources.train.path={data}/train", f"data.validation.validation.path={data}/validation"]
+    values = dict(text.split("=", 1) for text in [*usual, *more])
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Start:
     def __init__(self, arguments: Sequence[str], *, torchrun: bool = False, ranks: int = WORLD_SIZE) -> None:
         """Start torchrun, or the ranks themselves with the environment that torchrun would give them."""
         self._torchrun = torchrun
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         if torchrun:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             self._processes = [self._popen([*launcher, "train.py", *arguments], {})]

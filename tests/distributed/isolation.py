@@ -9,7 +9,6 @@ import torch
 from layouts import started
 from tiny import EOD, SEQ_LENGTH, VOCABULARY
 
-import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
 from nemotron3_megatron.data.batch import build_micro_batch
 from nemotron3_megatron.train.step import Trainer
 

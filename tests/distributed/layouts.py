@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.distributed import finalize_model_grads
 from tiny import EOD, GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, VOCABULARY, tiny_run
 
-import nemotron3_megatron  # noqa: F401  (installs the CPU platform before Megatron-Core is imported)
-from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
 from nemotron3_megatron.model.builder import build_model, model_sharded_state
+from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
 from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
 from nemotron3_megatron.train.step import Trainer, accumulate_gradients, configure_schedule, train_step
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+ValueOf = Callable[[torch.nn.Parameter], torch.Tensor]
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def measure(folder: str, worlds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for offset, (name, options) in enumerate(worlds.items()):
         os.environ["MASTER_PORT"] = str(port + offset)
         with started(options) as trainer:
-            for kind, arrays in (("weights", _gather(trainer)), ("gradients", _whole_gradients(trainer))):
+            for kind, arrays in (("weights", _gather(trainer, _weight_of)), ("gradients", _whole_gradients(trainer))):
                 if torch.distributed.get_rank() == 0:
                     np.savez(Path(folder) / f"{name}_{kind}.npz", **arrays)  # type: ignore[arg-type]
             results[name] = [_step(trainer, i) for i in range(3)]
@@ -99,19 +99,12 @@ def _whole_gradients(trainer: Trainer) -> Arrays:
     config.finalize_model_grads_func = ordinary
     for buffer, before in biases.items():
         buffer.copy_(before)
-    parameters = [p for chunk in trainer.chunks for p in chunk.parameters()]
-    data = [p.data for p in parameters]
-    for parameter in parameters:
-        parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
-    gradients = _gather(trainer)
-    for parameter, original in zip(parameters, data, strict=True):
-        parameter.data = original
-    return gradients
+    return _gather(trainer, _gradient_of)
 
 
-def _gather(trainer: Trainer) -> Arrays:
+def _gather(trainer: Trainer, value_of: ValueOf) -> Arrays:
     """Assemble all ranks' shards on rank 0; copies of one shard on several ranks must be equal bit for bit."""
-    mine = [shard for chunk in trainer.chunks for shard in _shards(trainer.run, chunk, trainer)]
+    mine = [shard for chunk in trainer.chunks for shard in _shards(chunk, trainer, value_of)]
     everyone: list[Any] | None = (
         [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
     )
@@ -129,16 +122,38 @@ def _gather(trainer: Trainer) -> Arrays:
     return whole
 
 
-def _shards(run: Run, chunk: Any, trainer: Trainer) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Any]]:
+def _shards(
+    chunk: Nemotron3Model, trainer: Trainer, value_of: ValueOf
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray[Any, Any]]]:
+    """Name, global shape, global offset and values of each parameter (or part of one) on this rank."""
     state = model_sharded_state(chunk, trainer.groups)
     apply_factories(state)
-    return [
-        (
-            tensor.key,
-            tensor.global_shape,
-            tensor.global_offset,
-            tensor.data.detach().float().cpu().numpy().reshape(*[1] * tensor.prepend_axis_num, *tensor.data.shape),
-        )
-        for tensor in nested_values(state)
-        if isinstance(tensor, ShardedTensor) and "expert_bias" not in tensor.key
-    ]
+    parameters: dict[int, list[torch.nn.Parameter]] = {}
+    for parameter in chunk.parameters():
+        parameters.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
+    shards = []
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor) and "expert_bias" not in tensor.key:
+            owner, start = _owner(tensor.data, parameters[tensor.data.untyped_storage().data_ptr()])
+            values = value_of(owner).detach().flatten()[start : start + tensor.data.numel()].float().cpu().numpy()
+            shape = (*[1] * tensor.prepend_axis_num, *tensor.data.shape)
+            shards.append((tensor.key, tensor.global_shape, tensor.global_offset, values.reshape(shape)))
+    return shards
+
+
+def _owner(part: torch.Tensor, candidates: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, int]:
+    """The parameter that ``part`` (a contiguous run of its elements) lies in, and its first element's index there."""
+    for parameter in candidates:
+        start = part.storage_offset() - parameter.storage_offset()
+        if 0 <= start < parameter.numel():
+            return parameter, start
+    raise AssertionError("a sharded tensor does not alias a parameter")
+
+
+def _weight_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.data
+
+
+def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    gradient: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return gradient

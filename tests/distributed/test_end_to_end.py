@@ -189,8 +189,8 @@ def test_damaged_data_is_refused(data: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         starts = {}
         for name, (message, more) in messages.items():
-            arguments = overrides(tmp_path / name, data, "parallel.ep=1")
-            arguments += [f"data.sources.train.path={tmp_path}/{name}", *more]
+            source = f"data.sources.train.path={tmp_path}/{name}"
+            arguments = overrides(tmp_path / name, data, "parallel.ep=1", source, *more)
             starts[message] = stack.enter_context(Start(arguments, ranks=1))
         for message, start in starts.items():
             assert refused(start.wait(), message)

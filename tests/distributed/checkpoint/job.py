@@ -147,7 +147,7 @@ def job(**options: Any) -> Iterator[Trainer]:
 def running(run: Run) -> Iterator[Trainer]:
     """Groups, model and optimizer of a run, until the end of the block (the world itself stays for the next)."""
     platform = platforms.select("cpu")
-    groups = start_groups(run, platform, timeout_s=60)
+    groups = start_groups(run, platform, timeout_s=200)
     model = wrap_data_parallel(build_model(run, platform, groups), run, groups)
     trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
     configure_schedule(trainer)

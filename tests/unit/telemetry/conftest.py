@@ -17,7 +17,10 @@ TOKENS_PER_STEP = 4096
 
 @pytest.fixture(scope="session")
 def tiny() -> Run:
-    recipe, origins = compose(["recipe=tiny", "telemetry.wandb=offline", "telemetry.log_every='10 steps'"])
+    stage = ("tokens='2M tokens'", "seq_length=256", "global_batch_size=16")
+    telemetry = ("wandb=offline", "log_every='10 steps'")
+    overrides = [*(f"stages.main.{value}" for value in stage), *(f"telemetry.{value}" for value in telemetry)]
+    recipe, origins = compose(["recipe=tiny", "parallel=ep2", *overrides])
     return resolve(recipe, 2, origins)
 
 

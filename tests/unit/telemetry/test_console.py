@@ -28,9 +28,7 @@ def shown(run: Run, records: list[StepRecord], *, is_terminal: bool = False) -> 
 
 def test_the_line_holds_every_number(step: Step) -> None:
     line = step_line(step(120), 600, 192.0).plain
-    assert line == (
-        "step 120/600  20%  loss 3.2489  mtp 3.5489 3.8489  |g|  1.25  lr 1.00e-03  2.05k tok/s  eta 3m12s"
-    )
+    assert line == ("step 120/600  20%  loss 3.2489  mtp 3.5489 3.8489  |g|  1.25  lr 1.00e-03  2.05k tok/s  eta 3m12s")
 
 
 def test_columns_are_aligned_over_a_run(step: Step) -> None:

@@ -66,13 +66,10 @@ def test_the_picture_shows_every_curve(tmp_path: Path, step: Step, evaluation: E
     assert pixels(bare, train) > 500
     assert pixels(bare, rate) > 500
     for extra in ("#d9480f", "#5f3dc4", "#8c9bab"):  # validation, unigram entropy, MTP depth 1
-        assert pixels(full, extra) > 300
-        assert pixels(bare, extra) < 50
+        assert pixels(full, extra) > pixels(bare, extra) + 300
 
 
-@pytest.mark.parametrize(
-    "losses", [[math.nan], [1.0], [1.0, math.nan, 3.0], [math.nan] * 5, [1e30, 1.0, 1.0]], ids=str
-)
+@pytest.mark.parametrize("losses", [[math.nan], [1.0], [1.0, math.nan, 3.0], [math.nan] * 5, [1e30, 1.0, 1.0]], ids=str)
 def test_any_run_can_be_drawn(tmp_path: Path, step: Step, losses: list[float]) -> None:
     draw_loss_curve(tmp_path / "x.png", [step(n, loss=x, lr=0.0) for n, x in enumerate(losses, 1)], [], title="t")
     assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -162,7 +159,9 @@ def test_wrong_arguments_are_explained(overrides: list[str], message: str) -> No
         report_main(overrides)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"run": 1, "versions": {}, "git_commit": null, "platform": ""}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"run": 1, "versions": {}, "git_commit": null, "platform": ""}']
+)
 def test_a_broken_run_record_is_explained(run_dir: Path, text: str) -> None:
     (run_dir / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"run\.json"):

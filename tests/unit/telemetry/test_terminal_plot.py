@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -19,14 +20,14 @@ def test_ticks_are_few_even_and_inside(low: float, span: float, at_most: int) ->
     found = ticks(low, low + span, at_most)
     assert len(found) <= at_most
     assert all(low - 1e-6 * span <= value <= low + span + 1e-6 * span for value in found)
-    gaps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(found)]
     # Multiples of one spacing: equal up to the rounding of values of this size.
     assert all(gap == pytest.approx(gaps[0], rel=1e-6, abs=1e-9 * abs(low)) for gap in gaps)
 
 
 def test_ticks_are_round_numbers() -> None:
     assert ticks(0, 100, 5) == [0, 25, 50, 75, 100]
-    assert ticks(3.1, 8.3, 5) == pytest.approx([4, 6, 8])
+    assert ticks(3.1, 8.3, 4) == [4, 6, 8]
 
 
 @given(st.lists(st.tuples(_numbers, _numbers), min_size=1, max_size=40), st.integers(40, 120), st.integers(4, 30))

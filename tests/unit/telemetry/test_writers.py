@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,13 +97,12 @@ class TestWandB:
     """Needs the package; nothing here touches a network."""
 
     @pytest.fixture(autouse=True)
-    def _isolated(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    def _isolated(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         pytest.importorskip("wandb")
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             monkeypatch.delenv(name)
         for name in ("CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
             monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "wandb_home"))
-        yield
 
     @pytest.mark.parametrize(
         ("wanted", "environment", "netrc", "mode"),
