@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
+from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.model.hybrid import Nemotron3Model
@@ -30,6 +31,7 @@ def build_model(run: Run, platform: Platform, groups: ProcessGroupCollection) ->
         groups: process groups of the layout (``parallel.start_groups``).
     """
     implementation = platform.default_spec if run.model.spec == "auto" else run.model.spec
+    check_supported(run, platform, implementation)
     config = transformer_config(run, platform.megatron_flags(implementation))
     spec = stack_spec(run.model, implementation)
     chunks = []
@@ -53,6 +55,26 @@ def build_model(run: Run, platform: Platform, groups: ProcessGroupCollection) ->
         _initialize(chunk, run, groups)
         chunks.append(chunk)
     return chunks
+
+
+def check_supported(run: Run, platform: Platform, implementation: Spec) -> None:
+    """Refuse what this device or module spec cannot do.
+
+    Raises:
+        UserError: an option of the run is impossible here.
+    """
+    if platform.name == "cpu" and run.parallel.moe_token_dispatcher_type == "flex":
+        raise UserError(
+            "parallel.moe_token_dispatcher_type=flex",
+            why="its kernels (DeepEP, HybridEP) run on CUDA only",
+            nearest="parallel.moe_token_dispatcher_type=alltoall",
+        )
+    if implementation == "te" and run.layout.cp > 1 and run.data.isolate_documents:
+        raise UserError(
+            f"parallel.cp={run.layout.cp} with data.isolate_documents=true",
+            why="the te spec's attention cannot isolate documents across context-parallel ranks",
+            nearest="model.spec=torch, or data.isolate_documents=false",
+        )
 
 
 def stack_spec(model: ModelConfig, implementation: Spec) -> ModuleSpec:

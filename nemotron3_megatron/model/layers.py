@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -98,8 +99,8 @@ class DuplicatedLinear(nn.Module):
             prefix,
             {},
             sharded_offsets,
-            tp_group=None,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=(metadata or {})["dp_cp_group"],
         )
 
     def backward_dw(self) -> None:

@@ -43,8 +43,6 @@ class DocumentTEAttention(TEDotProductAttention):  # type: ignore[misc]
         if packed_seq_params is None:
             plain: Tensor = super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, **kwargs)
             return plain
-        if self.config.context_parallel_size > 1:
-            raise NotImplementedError("document isolation with context parallelism needs model.spec=torch attention")
         length, batch = query.shape[:2]
         rows = [t.transpose(0, 1).reshape(batch * length, *t.shape[2:]) for t in (query, key, value)]
         boundaries = _boundaries(packed_seq_params.seq_idx)

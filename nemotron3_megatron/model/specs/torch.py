@@ -49,7 +49,9 @@ def torch_stack_spec(chunk_size: int) -> ModuleSpec:
             row_linear=RowParallelLinear,
             core_attention=DocumentAttention,
             mixer=TorchMambaMixer,
-            moe=partial(TorchMoELayer, submodules=MoESubmodules(router=Float32Router, experts=experts, shared_experts=shared)),
+            moe=partial(
+                TorchMoELayer, submodules=MoESubmodules(router=Float32Router, experts=experts, shared_experts=shared)
+            ),
         ),
         chunk_size,
     )
