@@ -33,6 +33,7 @@ def tiny_run(
     ep: int = 1,
     dtype: str = "fp32",
     stack: str = "MEM*|ME-*",
+    hidden: int = 32,
     latent: int | None = 16,
     mtp_depths: int = 2,
     repeated_mtp: bool = True,
@@ -49,7 +50,7 @@ def tiny_run(
     pattern = stack.replace("|", "")
     model = ModelConfig(
         pattern=pattern,
-        hidden_size=32,
+        hidden_size=hidden,
         vocab_size=VOCABULARY,
         num_attention_heads=4,
         num_query_groups=2,

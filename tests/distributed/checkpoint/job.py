@@ -13,133 +13,24 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from tiny import EOD, GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, VOCABULARY, tiny_run
 
 from nemotron3_megatron import platform as platforms
 from nemotron3_megatron.checkpoint import adam, content
 from nemotron3_megatron.checkpoint.store import CheckpointStore
-from nemotron3_megatron.config.recipe import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    TelemetryConfig,
-)
-from nemotron3_megatron.config.run import Layout, Run, Schedule, Stage
+from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
 from nemotron3_megatron.model.builder import build_model
 from nemotron3_megatron.parallel.groups import start_groups
 from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
 from nemotron3_megatron.train.step import Trainer, configure_schedule, train_step
 
-SEQ, GLOBAL_BATCH, VOCABULARY = 16, 4, 64
-
-
-def tiny_run(
-    world_size: int,
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    vpp: int = 1,
-    cp: int = 1,
-    ep: int = 1,
-    distributed_optimizer: bool = True,
-    overlap: bool = False,
-    dtype: str = "fp32",
-    hidden: int = 32,
-    stack: str = "ME|*E",
-    mtp_depths: int = 2,
-) -> Run:
-    """All layer kinds, latent experts with a moving bias, and two MTP depths; ``stack`` has the pipeline cuts."""
-    model = ModelConfig(
-        pattern=stack.replace("|", ""),
-        hidden_size=hidden,
-        vocab_size=VOCABULARY,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=8,
-        mamba_num_heads=4,
-        mamba_head_dim=8,
-        mamba_state_dim=8,
-        mamba_num_groups=2,
-        mamba_chunk_size=8,
-        num_moe_experts=4,
-        moe_router_topk=2,
-        moe_ffn_hidden_size=16,
-        moe_shared_expert_intermediate_size=16,
-        moe_latent_size=16,
-        mtp_pattern="*E" if mtp_depths else "",
-        mtp_depths=mtp_depths,
-    )
-    dp = world_size // (tp * pp * cp)
-    layout = Layout(
-        world_size=world_size,
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        cp=cp,
-        ep=ep,
-        etp=1,
-        dp=dp,
-        sequence_parallel=tp > 1,
-        hybrid_layer_pattern="/".join([stack if pp > 1 else model.pattern, *["*E"] * mtp_depths]),
-    )
-    stage = Stage(
-        name="only",
-        first_step=0,
-        steps=100,
-        first_token=0,
-        tokens_per_step=SEQ * GLOBAL_BATCH,
-        seq_length=SEQ,
-        global_batch_size=GLOBAL_BATCH,
-        micro_batch_size=1,
-        num_microbatches=GLOBAL_BATCH // dp,
-    )
-    return Run(
-        name="checkpoint_test",
-        run_dir=Path("unused"),
-        seed=11,
-        device="cpu",
-        total_steps=100,
-        model=model,
-        precision=PrecisionConfig(name=dtype, dtype=dtype),  # type: ignore[arg-type]
-        parallel=ParallelConfig(
-            tp=tp,
-            pp=pp,
-            vpp=vpp,
-            cp=cp,
-            ep=ep,
-            distributed_optimizer=distributed_optimizer,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
-        ),
-        layout=layout,
-        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4),
-        schedule=Schedule(
-            max_lr=1e-3,
-            min_lr=1e-4,
-            warmup_tokens=0,
-            decay_end_tokens=10**6,
-            wsd_decay_tokens=0,
-            decay_style="constant",
-            wsd_decay_style="linear",
-        ),
-        stages=(stage,),
-        data=DataConfig(sources={}, isolate_documents=False),
-        checkpoint=CheckpointConfig(),
-        checkpoint_every_steps=None,
-        telemetry=TelemetryConfig(),
-        log_every_steps=1,
-        eval_every_steps=None,
-        origins=(),
-    )
-
 
 @contextmanager
 def job(**options: Any) -> Iterator[Trainer]:
-    """A trainer for ``tiny_run(**options)`` on all ranks of this world."""
-    with running(tiny_run(int(os.environ["WORLD_SIZE"]), **options)) as trainer:
+    """A trainer for a stack of four layers (``tiny_run(**options)``) on all ranks of this world."""
+    defaults = {"stack": "ME|*E", "isolate_documents": False}
+    with running(tiny_run(int(os.environ["WORLD_SIZE"]), **(defaults | options))) as trainer:
         yield trainer
 
 
@@ -225,11 +116,14 @@ def _batches(trainer: Trainer, step: int) -> list[MicroBatch]:
     """This rank's part of the step's global batch: a noisy permutation chain, the same under every layout."""
     generator = torch.Generator().manual_seed(1000 + step)
     table = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(7))
-    windows = torch.randint(VOCABULARY, (GLOBAL_BATCH, SEQ + 1), generator=generator)
-    for place in range(SEQ):
+    windows = torch.randint(VOCABULARY, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
+    for place in range(SEQ_LENGTH):
         windows[:, place + 1] = torch.where(windows[:, place + 1] < 8, windows[:, place + 1], table[windows[:, place]])
     groups = trainer.groups
     mine = windows.chunk(groups.dp.size())[groups.dp.rank()]
     depths = trainer.run.model.mtp_depths
-    batches = [build_micro_batch(w[None], mtp_depths=depths, eod_token=0, isolate_documents=False) for w in mine]
+    batches = [
+        build_micro_batch(part, mtp_depths=depths, eod_token=EOD, isolate_documents=False)
+        for part in mine.split(MICRO_BATCH)
+    ]
     return [batch.shard(groups.cp.rank(), groups.cp.size()) for batch in batches]
