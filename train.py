@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.logs import start_logging
 
 if TYPE_CHECKING:
     from nemotron3_megatron.config import Run
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return refuse(error, on_every_rank=True)
 
+    start_logging(int(os.environ.get("RANK", "0")))
     from nemotron3_megatron.train.run import train  # imports torch and Megatron-Core
 
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.typed import nearest_name
+from nemotron3_megatron.logs import start_logging
 
 USER_ERROR = 2
 """Exit status when the user's input is wrong."""
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_verbs()
         return 0 if arguments else USER_ERROR
+    start_logging()
     try:
         verb = VERBS.get(arguments[0])
         if verb is None:
@@ -131,7 +133,8 @@ VERBS = {
     "generate": Verb(
         _generate,
         "continue a prompt with a trained checkpoint",
-        "nemotron3 generate checkpoint=DIR prompt=TEXT",
+        "nemotron3 generate checkpoint=DIR prompt=TEXT [max_new_tokens=64] [temperature=0.8] [top_p=0.95] [seed=0]\n"
+        "                   [tokenizer=PATH]        temperature=0 takes the likeliest token; the tokenizer is the run's",
     ),
 }
 

@@ -34,7 +34,7 @@ FIRST_PART = 0.4
 CLEAR_MARGIN_NATS = 0.5
 """How far below the unigram entropy the validation loss must end: 40 % off the perplexity, far beyond the noise of a
 validation pass (a few hundredths)."""
-PROMPTS = ("def __init__(self, ", "import os\nimport sys\n\n\ndef main(", 'class Error(Exception):\n    """')
+PROMPTS = ("def __init__(self", "import os\nimport sys\n\n\ndef main(", 'class Error(Exception):\n    """')
 NEW_TOKENS = 48
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -106,6 +106,7 @@ def _run(console: Console, run_dir: Path, total_steps: int, started: float) -> b
 
     console.print()
     console.print(_closing(findings, checkpoint, time.monotonic() - started))
+    console.print("What to try next:", *_next_commands(checkpoint), sep="\n  ", soft_wrap=True, markup=False)
     return has_learned(findings.validation_loss, findings.unigram_entropy)
 
 
@@ -173,11 +174,11 @@ def _generate(console: Console, checkpoint: Path) -> None:
         for prompt in PROMPTS:
             text = complete(model, prompt, Sampling(), max_new_tokens=NEW_TOKENS, seed=0)
             body = Text().append(prompt, "bold").append(text, "green")
-            console.print(Panel(body, border_style="dim", title="prompt in bold", title_align="left"))
+            console.print(Panel(body, border_style="dim", title=Text(f"prompt: {prompt!r}"), title_align="left"))
 
 
 def _closing(findings: Findings, checkpoint: Path, seconds: float) -> Panel:
-    """Validation loss beside the unigram entropy, where everything lies, and what to try next."""
+    """Validation loss beside the unigram entropy, and where everything lies."""
     loss, entropy = findings.validation_loss, findings.unigram_entropy
     learned = has_learned(loss, entropy)
     numbers = Table.grid(padding=(0, 2))
@@ -199,21 +200,21 @@ def _closing(findings: Findings, checkpoint: Path, seconds: float) -> Panel:
         ("TensorBoard", run_dir / "tensorboard"),
     ):
         places.add_row(name, Text(str(path), "cyan"))
-    scripts = Path(_relative(sys.executable)).parent
-    next_commands = Text("\n").join(
-        Text(f"$ {command}", "cyan")
-        for command in (
-            f"{scripts / 'nemotron3'} generate checkpoint={checkpoint} prompt='def main('",
-            f"{scripts / 'torchrun'} --nproc-per-node={RANKS} {_relative(str(_TRAIN))} recipe={RECIPE} "
-            "run_dir=runs/mine optimizer.lr=1e-3",
-            f"{scripts / 'nemotron3'} plan recipe=nano_bf16",
-        )
-    )
     return Panel(
-        Group(numbers, verdict, Text(), places, Text("\nNext:"), next_commands),
+        Group(numbers, verdict, Text(), places),
         title=f"quickstart finished in {format_duration(seconds)}",
         border_style="green" if learned else "red",
     )
+
+
+def _next_commands(checkpoint: Path) -> list[str]:
+    scripts = Path(_relative(sys.executable)).parent
+    train = f"--nproc-per-node={RANKS} {_relative(str(_TRAIN))} recipe={RECIPE} run_dir=runs/mine optimizer.lr=1e-3"
+    return [
+        f"{scripts / 'nemotron3'} generate checkpoint={checkpoint} prompt='def main('",
+        f"{scripts / 'torchrun'} {train}",
+        f"{scripts / 'nemotron3'} plan recipe=nano_bf16",
+    ]
 
 
 def _relative(word: str) -> str:

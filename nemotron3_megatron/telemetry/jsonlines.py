@@ -87,8 +87,7 @@ class JsonLines:
 
     def _append(self, file: TextIO, line: str) -> None:
         try:
-            file.write(line + "\n")
-            file.flush()
+            file.write(line + "\n")  # one write call: the file is line-buffered
         except OSError as error:
             raise UserError(
                 f"cannot write {file.name}",

@@ -38,8 +38,6 @@ class StepRecord:
     """The update was refused (non-finite gradients, spike policy); weights did not move."""
     skip_reason: str = ""
     peak_memory_gib: float | None = None
-    aux_loss: float | None = None
-    """Mixture-of-experts load-balancing loss, summed over layers."""
 
     def to_json(self) -> str:
         """One strict JSON object without a line break."""

@@ -17,8 +17,9 @@ def step_scalars(record: StepRecord) -> dict[str, float]:
         "speed/step_time_s": record.step_time_s,
         **_by_depth("train", record.mtp_losses),
     }
-    optional = {"train/aux_loss": record.aux_loss, "memory/peak_gib": record.peak_memory_gib}
-    return scalars | {name: value for name, value in optional.items() if value is not None}
+    if record.peak_memory_gib is not None:
+        scalars["memory/peak_gib"] = record.peak_memory_gib
+    return scalars
 
 
 def eval_scalars(record: EvalRecord) -> dict[str, float]:

@@ -208,7 +208,7 @@ def test_damaged_data_is_refused(data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_recipes_are_refused(wrong: str, message: str, data: Path, tmp_path: Path) -> None:
-    assert refused(ended(overrides(tmp_path, data, wrong), ranks=1), message)
+    assert refused(ended(overrides(tmp_path, data, "parallel.ep=1", wrong), ranks=1), message)
     assert not any(tmp_path.iterdir()), "nothing was begun"
 
 

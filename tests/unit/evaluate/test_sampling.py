@@ -43,7 +43,8 @@ def test_temperature_zero_is_greedy_and_uses_no_randomness(logits: torch.Tensor,
 @given(_logits, st.integers(0, 100))
 def test_a_tiny_nucleus_is_the_most_likely_token(logits: torch.Tensor, seed: int) -> None:
     token = next_token(logits, Sampling(temperature=1, top_p=1e-9), torch.Generator().manual_seed(seed))
-    assert logits[token] == logits.max()
+    # Logits up to 20 closer than a few of their roundings (3.6e-15) have equal probabilities.
+    assert logits[token] >= logits.max() - 1e-13
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (0.8, 0.95)])

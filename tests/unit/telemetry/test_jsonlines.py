@@ -67,6 +67,14 @@ def test_wherever_the_file_was_cut_the_complete_records_up_to_the_step_stay(
     assert [path.name for path in run_dir.iterdir()] == [VALIDATION]  # no partial file stays
 
 
+def test_a_line_cut_just_before_its_end_is_dropped_so_that_the_next_one_stays_whole(tmp_path: Path, step: Step) -> None:
+    (tmp_path / METRICS).write_text(f"{step(1).to_json()}\n{step(2).to_json()}")
+    writer = JsonLines(tmp_path, 2)
+    writer.write(step(3))
+    writer.close()
+    assert [found.step for found in read_steps(tmp_path)] == [1, 3]
+
+
 def test_a_killed_process_loses_no_record(tmp_path: Path) -> None:
     program = f"""
 import os, signal

@@ -26,7 +26,6 @@ _steps = st.builds(
     skipped=st.booleans(),
     skip_reason=st.text(),
     peak_memory_gib=st.none() | _numbers,
-    aux_loss=st.none() | _numbers,
 )
 _evals = st.builds(
     EvalRecord,
