@@ -65,7 +65,7 @@ def main(overrides: Sequence[str]) -> int:
         run_dir = _chosen_run_dir(overrides, total_steps)
         learned = _run(console, run_dir, total_steps, started)
     except UserError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except Failed as failure:
         console.print(f"\nfailed with status {failure.status}: {failure.command}", style="red", markup=False)

@@ -15,6 +15,10 @@ from launch import run_ranks
 BF16 = {"dtype": "bf16", "overlap": True}  # overlapped gathering: weights are stale until the save asks for them
 RESUMED = {"ep2": {"ep": 2}, "plain_ep2": {"ep": 2, "distributed_optimizer": False}, "bf16": BF16}
 PLAIN_BF16 = {"dtype": "bf16", "distributed_optimizer": False}
+PADDED = {
+    "pp": 2,
+    "hidden": 33,
+}  # a size that leaves padding before the first stage's embedding, which has a gradient bucket of its own
 
 
 def resume_bitwise(folder: str) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def without_repairs(folder: str) -> dict[str, str]:
         "4 sharded_state": ({"ep": 2}, {}, upstream),
         "6 correct_places": (BF16, BF16, {"correct_places": lambda _: None}),
         "7 _plain_state": (PLAIN_BF16, PLAIN_BF16, upstream),
-        "8 _distributed_state": ({"pp": 2}, {"pp": 2}, {"_distributed_state": _upstream_distributed_state}),
+        "8 _distributed_state": (PADDED, PADDED, {"_distributed_state": _upstream_distributed_state}),
     }
     outcomes = {}
     for index, (name, (saving, loading, changes)) in enumerate(left_out.items()):

@@ -58,7 +58,7 @@ def refused(world_size: int, *overrides: str) -> UserError:
         (2, ["parallel.moe_token_dispatcher_type=flex", "device=cpu"], "parallel.moe_token", "alltoall"),
         (2, ["optimizer.lr_wsd_decay=null"], "optimizer.lr_wsd_decay=null", "cosine"),
         (2, ["optimizer.lr_decay_style=cosine"], "optimizer.lr_wsd_decay", "null"),
-        (2, ["optimizer.lr_warmup='3M tokens'"], "optimizer.lr_warmup=3M tokens", "'1402944 tokens'"),
+        (2, ["optimizer.lr_warmup='3M tokens'"], "optimizer.lr_warmup=3M tokens", "'800128 tokens'"),
         (2, ["optimizer.min_lr=1.0"], "optimizer.min_lr=1.0", "optimizer.min_lr=3e-05"),
         (2, ["checkpoint.every='5 min'"], "checkpoint.every", "steps"),
         (2, ["stages.main.tokens='0 tokens'"], "stages.main.tokens", None),
