@@ -39,7 +39,7 @@ def prepare(recipe: PreparationRecipe, console: Console) -> Manifest:
     (directory / _SHARDS).mkdir(parents=True, exist_ok=True)
     manifest = _up_to_date(recipe, directory, files)
     if manifest is not None:
-        console.print(f"{directory} is up to date.")
+        console.print(f"{directory} is up to date.", soft_wrap=True)
         return manifest
     with _progress(console) as progress:
         tokenizer, tokenizer_file = _tokenizer(recipe, directory, files, progress)

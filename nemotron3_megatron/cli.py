@@ -134,7 +134,7 @@ VERBS = {
         _generate,
         "continue a prompt with a trained checkpoint",
         "nemotron3 generate checkpoint=DIR prompt=TEXT [max_new_tokens=64] [temperature=0.8] [top_p=0.95] [seed=0]\n"
-        "                   [tokenizer=PATH]        temperature=0 takes the likeliest token; the tokenizer is the run's",
+        "                   [tokenizer=PATH]        temperature=0: the likeliest token; tokenizer: the run's",
     ),
 }
 
