@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nemotron3_megatron.checkpoint.store import CheckpointStore
+from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.training import TrainingData, ValidationData
 from nemotron3_megatron.model.builder import build_model
@@ -44,32 +45,42 @@ def train(run: Run) -> int:
     platform = select(run.device)
     platform.start(int(os.environ.get("LOCAL_RANK", "0")))
     groups = start_groups(run, platform)
-    try:
-        chunks = build_model(run, platform, groups)
-        model = wrap_data_parallel(chunks, run, groups)
-        trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
-        configure_schedule(trainer)
-        data = TrainingData(run, groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
-        store = CheckpointStore(run.run_dir)
-        progress = _restore(trainer, data, store)
-        if torch.distributed.get_rank() == 0:
-            write_run_record(run, platform)
-        stop = run_steps(trainer, data, progress, _callbacks(trainer, data, store, progress))
-    finally:
-        stop_groups()
+    # Data first: damaged files are found before a model is built.
+    data = TrainingData(run, groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
+    chunks = build_model(run, platform, groups)
+    model = wrap_data_parallel(chunks, run, groups)
+    trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
+    configure_schedule(trainer)
+    store = CheckpointStore(run.run_dir)
+    progress = _restore(trainer, data, store)
+    if torch.distributed.get_rank() == 0:
+        write_run_record(run, platform)
+    stop = run_steps(trainer, data, progress, _callbacks(trainer, data, store, progress))
+    data.close()
+    # Not after an error: other ranks may be waiting in a collective that will never come.
+    stop_groups()
     return EXIT_START_AGAIN if stop is Stop.PREEMPTED else EXIT_DONE
 
 
 def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> Progress:
     """Continue from the run's newest complete checkpoint, else from ``checkpoint.load``, else start anew."""
     options = trainer.run.checkpoint
-    source = store.newest() if options.resume == "auto" else None
-    if source is None and options.load is None:
+    newest = store.newest()
+    if newest is not None and options.resume == "never":
+        raise UserError(
+            "checkpoint.resume=never",
+            why=f"{trainer.run.run_dir} holds checkpoints, and a new run would mix with them",
+            nearest="another run_dir, or checkpoint.resume=auto",
+        )
+    rank_zero = torch.distributed.get_rank() == 0
+    if newest is not None and options.load is not None and rank_zero:
+        _log.warning("checkpoint.load=%s is not used: the run continues from its own %s", options.load, newest)
+    if newest is None and options.load is None:
         return Progress()
-    source = source or Path(str(options.load))
+    source = newest or Path(str(options.load))
     state = store.load(source, trainer.chunks, trainer.optimizer)
     data.load_state_dict(state["data"], allow_data_change=options.allow_data_change)
-    if torch.distributed.get_rank() == 0:
+    if rank_zero:
         _log.info("continuing from %s at step %d", source, state["step"])
     return Progress(step=state["step"])
 
