@@ -45,7 +45,7 @@ def run_steps(trainer: Trainer, data: TrainingData, progress: Progress, callback
             callback.step_done(event)
     for callback in reversed(callbacks):
         callback.finished(progress, stop)
-    return stop
+    return stop if progress.step < run.total_steps else None
 
 
 def _first_stop(callbacks: Sequence[Callback], step: int) -> Stop | None:
