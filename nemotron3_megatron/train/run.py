@@ -44,6 +44,7 @@ def train(run: Run) -> int:
     """
     platform = select(run.device)
     platform.start(int(os.environ.get("LOCAL_RANK", "0")))
+    preemption = Preemption(platform.device)
     groups = start_groups(run, platform)
     # Data first: damaged files are found before a model is built.
     data = TrainingData(run, groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
@@ -55,7 +56,7 @@ def train(run: Run) -> int:
     progress = _restore(trainer, data, store)
     if torch.distributed.get_rank() == 0:
         write_run_record(run, platform)
-    stop = run_steps(trainer, data, progress, _callbacks(trainer, data, store, progress))
+    stop = run_steps(trainer, data, progress, [preemption, *_callbacks(trainer, data, store, progress)])
     data.close()
     # Not after an error: other ranks may be waiting in a collective that will never come.
     stop_groups()
@@ -102,7 +103,6 @@ def _callbacks(trainer: Trainer, data: TrainingData, store: CheckpointStore, pro
         return evaluate(trainer, held_out.batches(event.stage), event.stage)
 
     return [
-        Preemption(trainer.platform.device),
         Recording(trainer.platform, writers),
         Validation(run, held_out_loss, writers),
         Checkpointing(run, save),

@@ -17,15 +17,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preemption(Callback):
-    """SIGTERM, SIGUSR1 or SIGUSR2 on any rank: all ranks stop together at the next step boundary."""
+    """SIGTERM, SIGUSR1 or SIGUSR2 on any rank: all ranks stop together at the next step boundary.
+
+    It listens from its construction on, so a signal while the model is built is answered after the first step.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def started(self, progress: Progress) -> None:
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
+        self._previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def wants_stop(self, step: int) -> Stop | None:
         everyone = self._flag.clone()

@@ -141,7 +141,6 @@ def world_of_one() -> Iterator[None]:
 def test_preemption(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     preemption = Preemption(torch.device("cpu"))
-    preemption.started(Progress())
     try:
         assert preemption.wants_stop(1) is None
         os.kill(os.getpid(), number)
