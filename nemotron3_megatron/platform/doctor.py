@@ -65,8 +65,7 @@ PACKAGES = (
     Package("wandb", "wandb", "optional", "no Weights & Biases; metrics.jsonl and TensorBoard are written anyway"),
     Package("transformers", "transformers", "optional", "no Hugging Face tokenizers, no check of exported models"),
     Package("mistral-common", "mistral_common", "optional", "no tekken tokenizer"),
-    Package("zstandard", "zstandard", "optional", "no .jsonl.zst input"),
-    Package("pyarrow", "pyarrow", "optional", "no parquet input"),
+    Package("pyarrow", "pyarrow", "optional", "no parquet and no .zst input"),
     Package(
         "transformer-engine",
         "transformer_engine.pytorch",
