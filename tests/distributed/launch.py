@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PORTS_IN_A_ROW = 32
 
 
 class RanksFailed(AssertionError):
@@ -119,10 +121,24 @@ def _report(ranks: list[_Rank], late: bool, timeout_s: float) -> str:
 
 
 def _free_port() -> int:
+    """The first of ``PORTS_IN_A_ROW`` free ports: a rank function may start several worlds, each on the next port.
+
+    They lie below the range from which the system picks ports of outgoing connections (32768 on Linux), so that none
+    is taken between this look and the ranks' own.
+    """
+    while True:
+        first = random.randrange(15_000, 32_000 - PORTS_IN_A_ROW)
+        if all(_is_free(first + i) for i in range(PORTS_IN_A_ROW)):
+            return first
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def _rank_main(job: Path, result: Path) -> None:
