@@ -1,0 +1,1 @@
+"""Per-layer precision: number formats, policies, plans and their backends."""
