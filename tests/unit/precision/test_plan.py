@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,3 +314,16 @@ def test_rows_are_the_linears_of_the_built_model(
     built = built_linears(replace(recipe, model=model))
     expected = {module.name: weight_shape(module.role, model) for module in linear_modules(model)}
     assert expected == {name: shape for name, shape in built.items() if not outside.fullmatch(name)}
+
+
+POLICIES = sorted((Path(__file__).parent / "policies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", ["super", "ultra", "nano"])
+def test_every_policy_of_the_ablations_plans_every_model(models: dict[str, ModelConfig], name: str, path: Path) -> None:
+    settings = yaml.safe_load(path.read_text())
+    assert (settings.pop("name"), settings.pop("dtype")) == (path.stem, "bf16")
+    precision = precision_plan(parse_policy(settings), models[name])
+    found = set(formats(precision).values())
+    assert found == {"bf16"} if path.stem == "bf16" else settings["default"] in found
