@@ -98,7 +98,7 @@ def configure_schedule(trainer: Trainer) -> None:
     """Tell Megatron-Core's schedules how this run's gradients are scaled, finalised and overlapped."""
     config = trainer.chunks[0].config
     config.grad_scale_func = trainer.optimizer.scale_loss
-    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=trainer.groups)
+    config.finalize_model_grads_func = finalize_model_grads
     if trainer.run.parallel.overlap_grad_reduce:
         config.no_sync_func = _one_or_list([m.no_sync for m in trainer.model])
     if trainer.run.parallel.overlap_param_gather:

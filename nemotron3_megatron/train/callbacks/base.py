@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from nemotron3_megatron.config.run import Run, Stage
+from nemotron3_megatron.config.run import Stage
 from nemotron3_megatron.train.step import StepResult
 
 
@@ -22,10 +22,6 @@ class Progress:
 
     step: int = 0
     """Optimizer steps done."""
-
-    def tokens(self, run: Run) -> int:
-        """Tokens seen."""
-        return run.tokens_at(self.step)
 
 
 @dataclass(frozen=True, slots=True)
