@@ -5,7 +5,7 @@ Shapes: S sequence (local shard), B batch, H hidden, T tokens (S * B flattened),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,21 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel import layers as megatron_layers
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor, nn
+
+Gemm = Callable[[Tensor, Tensor], Tensor]
+"""x (..., in) and weight (out, in) -> (..., out)."""
+
+GroupedGemm = Callable[[Tensor, Sequence[Tensor], Sequence[int]], Tensor]
+"""x (T, in), rows sorted by expert, the experts' weights (out, in) and token counts -> (T, out)."""
 
 
 def empty_parameter(config: TransformerConfig, *shape: int) -> nn.Parameter:
@@ -46,7 +56,39 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class LayerNormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+class ColumnParallelLinear(megatron_layers.ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron-Core's, whose product may be another: ``gemm`` sees all tokens and this rank's rows of the weight."""
+
+    gemm: Gemm | None = None
+    """None: Megatron-Core's own, which overlaps communication."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        if self.gemm is None:
+            plain: Tensor = super()._forward_impl(input, weight, **options)
+            return plain
+        if options["sequence_parallel"]:
+            tokens = gather_from_sequence_parallel_region(input, group=options["tp_group"])
+        elif options["allreduce_dgrad"]:
+            tokens = copy_to_tensor_model_parallel_region(input, group=options["tp_group"])
+        else:
+            tokens = input
+        return self.gemm(tokens, weight)
+
+
+class RowParallelLinear(megatron_layers.RowParallelLinear):  # type: ignore[misc]
+    """Megatron-Core's, whose product may be another: ``gemm`` sees this rank's columns of tokens and weight."""
+
+    gemm: Gemm | None = None
+    """None: Megatron-Core's own."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        if self.gemm is None:
+            plain: Tensor = super()._forward_impl(input, weight, **options)
+            return plain
+        return self.gemm(input, weight)
+
+
+class LayerNormColumnParallelLinear(ColumnParallelLinear):
     """Counterpart of ``TELayerNormColumnParallelLinear``: RMSNorm, then a column-parallel GEMM.
 
     Its parameters are ``layer_norm_weight`` (H,) and ``weight`` (out / tp, H).
@@ -68,6 +110,8 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
 class DuplicatedLinear(nn.Module):
     """Counterpart of ``TELinear(parallel_mode="duplicated")``: the latent projections, whole on every TP rank."""
 
+    gemm: Gemm = staticmethod(F.linear)
+
     def __init__(
         self,
         input_size: int,
@@ -88,7 +132,7 @@ class DuplicatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x (S, B, in) -> ((S, B, out), None)."""
-        return F.linear(x, self.weight), None
+        return self.gemm(x, self.weight), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -107,6 +151,12 @@ class DuplicatedLinear(nn.Module):
         """Weight gradients are never delayed here."""
 
 
+def grouped_linear(x: Tensor, weights: Sequence[Tensor], tokens_per_expert: Sequence[int]) -> Tensor:
+    """x (T, in), rows sorted by expert, and an (out, in) weight for each -> (T, out)."""
+    blocks = x.split(list(tokens_per_expert))
+    return torch.cat([F.linear(rows, weight) for rows, weight in zip(blocks, weights, strict=True)])
+
+
 class GroupedLinear(nn.Module):
     """Counterpart of ``TEGroupedLinear``: one bias-free GEMM for each local expert.
 
@@ -114,6 +164,7 @@ class GroupedLinear(nn.Module):
     divided by the expert tensor parallel size.
     """
 
+    gemm: GroupedGemm = staticmethod(grouped_linear)
     tp_axis: int
     """Weight dimension that expert tensor parallelism divides: 0 (column) or 1 (row)."""
 
@@ -156,8 +207,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """x (T, in), rows sorted by expert -> ((T, out), None)."""
-        blocks = x.split(tokens_per_expert)
-        return torch.cat([F.linear(rows, w) for rows, w in zip(blocks, self.weights(), strict=True)]), None
+        return self.gemm(x, self.weights(), tokens_per_expert), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.distributed import finalize_model_grads
 from tiny import EOD, GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, VOCABULARY, tiny_run
 
+from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
 from nemotron3_megatron.model.builder import build_model, model_sharded_state
 from nemotron3_megatron.model.hybrid import Nemotron3Model
@@ -28,9 +29,9 @@ ValueOf = Callable[[torch.nn.Parameter], torch.Tensor]
 
 
 @contextmanager
-def started(options: dict[str, Any]) -> Iterator[Trainer]:
-    """A trainer for ``tiny_run(world, **options)``; groups are torn down afterwards."""
-    run = tiny_run(int(os.environ["WORLD_SIZE"]), **options)
+def started(options: dict[str, Any], make_run: Callable[..., Run] = tiny_run) -> Iterator[Trainer]:
+    """A trainer for ``make_run(world, **options)``; groups are torn down afterwards."""
+    run = make_run(int(os.environ["WORLD_SIZE"]), **options)
     platform = select(run.device)
     platform.start(int(os.environ["LOCAL_RANK"]))
     groups = start_groups(run, platform)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -15,9 +14,11 @@ from nemotron3_megatron.model.attention import DocumentAttention
 from nemotron3_megatron.model.hybrid import TorchHybridStack
 from nemotron3_megatron.model.layers import (
     ColumnParallelGroupedLinear,
+    ColumnParallelLinear,
     LayerNormColumnParallelLinear,
     RMSNorm,
     RowParallelGroupedLinear,
+    RowParallelLinear,
 )
 from nemotron3_megatron.model.mixer import TorchMambaMixer
 from nemotron3_megatron.model.moe import TorchMoELayer

@@ -38,7 +38,7 @@ class MXFP8Tensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(..., n) values, computed in float32 and rounded to ``dtype``."""
-        scales = _power_of_two(self.scales.int()).repeat_interleave(BLOCK, -1)
+        scales = power_of_two(self.scales.int()).repeat_interleave(BLOCK, -1)
         return (self.codes.float() * scales).to(dtype)
 
 
@@ -58,21 +58,21 @@ def quantize(x: Tensor) -> MXFP8Tensor:
     blocks = x.detach().float().reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
     # The kernels' fmax ignores NaN.
     block_amax = torch.where(blocks.isnan(), 0.0, blocks.abs()).amax(-1)
-    exponents = _round_up_to_e8m0(block_amax * (1 / E4M3_MAX))
-    scaled = blocks * _power_of_two(2 * BIAS - exponents)[..., None]
+    exponents = scale_exponents(block_amax)
+    scaled = blocks * power_of_two(2 * BIAS - exponents)[..., None]
     codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return MXFP8Tensor(codes.reshape(x.shape), exponents.to(torch.uint8))
 
 
-def _round_up_to_e8m0(x: Tensor) -> Tensor:
-    """Codes (int32, 0..254) of the smallest powers of two from 2^-127 to 2^127 that are not less than ``x`` >= 0."""
-    bits = x.view(torch.int32)
+def scale_exponents(block_amax: Tensor) -> Tensor:
+    """E8M0 codes (int32, 0..254) of blocks: the smallest 2^(code - 127) under which 448 covers ``block_amax`` >= 0."""
+    bits = (block_amax * (1 / E4M3_MAX)).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     # Subnormals are multiples of 2^-149: up to mantissa 2^22 they are at most 2^-127, the smallest scale, code 0.
     exact = torch.where(exponent == 0, mantissa <= 0x400000, mantissa == 0)
     return (exponent + (~exact).int()).clamp(max=2 * BIAS)
 
 
-def _power_of_two(code: Tensor) -> Tensor:
+def power_of_two(code: Tensor) -> Tensor:
     """float32 2^(code - 127) for int32 codes 0..254, by its bits: the smallest, 2^-127, is subnormal."""
     return torch.where(code == 0, 0x400000, code << 23).int().view(torch.float32)

@@ -30,6 +30,8 @@ BLOCK = 16
 """Elements along the last dimension that share a scale."""
 
 E4M3_MAX = 448.0
+INVERSE_RANGE = 1 / (E4M3_MAX * e2m1.MAX)
+"""1 / 2688: a tensor's scale is its amax times this."""
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -50,7 +52,7 @@ class NVFP4Tensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(..., n) values, computed in float32 and rounded to ``dtype``."""
         columns = self.codes.shape[-1]
-        scales = self.scales.float() * self.amax * (1 / (E4M3_MAX * e2m1.MAX))
+        scales = decode_scales(self.scales, self.amax)
         scales = scales.reshape(-1, scales.shape[-1]).repeat_interleave(BLOCK, -1)[:, :columns]
         values = e2m1.decode(self.codes).reshape(-1, columns)
         scales = scales.repeat_interleave(self.block[0], 0)[: len(values)]
@@ -93,7 +95,7 @@ def quantize(
     padded = F.pad(matrix, (0, -columns % BLOCK, 0, -len(matrix) % height))
     blocks = padded.view(len(padded) // height, height, padded.shape[1] // BLOCK, BLOCK)
 
-    scales, encode = _scales(blocks.abs().amax((1, 3)), amax)
+    scales, encode = block_scales(blocks.abs().amax((1, 3)), amax)
     scaled = (blocks * encode[:, None, :, None]).view(padded.shape)[: len(matrix), :columns].reshape(x.shape)
     codes = _encode(scaled, rounding, generator)
     if height == 1:
@@ -106,14 +108,24 @@ def largest_magnitude(x: Tensor) -> Tensor:
     return x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
 
 
-def _scales(block_amax: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 scales, and the float32 factors that take elements to E2M1's range; both shaped like ``block_amax``."""
+def block_scales(block_amax: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 scales, and the float32 factors that take elements to E2M1's range; both shaped like ``block_amax``.
+
+    Args:
+        block_amax: float32, any shape.
+        amax: () float32 of the whole tensor.
+    """
     # A tensor as numerator: torch evaluates ``number / tensor`` as a product with the rounded reciprocal.
     tensor_scale = (torch.full_like(amax, E4M3_MAX * e2m1.MAX) / amax).clamp(max=FLOAT32_MAX)
     tensor_scale = torch.where((amax == 0) | (tensor_scale == 0), 1.0, tensor_scale)
     scales = (block_amax * (tensor_scale * (1 / e2m1.MAX))).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
     encode = (scales.float() * tensor_scale.reciprocal()).reciprocal().clamp(max=FLOAT32_MAX)
     return scales, encode
+
+
+def decode_scales(scales: Tensor, amax: Tensor) -> Tensor:
+    """float32 factors that take E2M1 values back, shaped like the E4M3 ``scales``."""
+    return scales.float() * amax * INVERSE_RANGE
 
 
 def _encode(scaled: Tensor, rounding: Rounding, generator: torch.Generator | None) -> Tensor:

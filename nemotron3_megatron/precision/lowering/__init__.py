@@ -1,0 +1,1 @@
+"""A precision plan put into force in built models, natively or emulated."""
