@@ -12,6 +12,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemotron3_megatron.config.run import Layout, Run
 from nemotron3_megatron.platform import Platform
 
+_SEED_STRIDE = 1_000_003
+"""Between the seeds of ranks: a prime, so that runs with neighbouring seeds share none."""
+
 
 def start_groups(run: Run, platform: Platform, *, timeout_s: float = 1800.0) -> ProcessGroupCollection:
     """Join the world that torchrun set up and build Megatron-Core's groups for the run's layout.
@@ -35,7 +38,11 @@ def start_groups(run: Run, platform: Platform, *, timeout_s: float = 1800.0) -> 
         distributed_timeout_minutes=int(timeout_s // 60),
     )
     model_parallel_cuda_manual_seed(run.seed, force_reset_rng=True)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # Stochastic rounding draws from the device's default generator: replicas and stages round apart, so that errors
+    # average out, and tensor-parallel ranks alike, which hold the same gradients of duplicated weights.
+    torch.manual_seed(run.seed + _SEED_STRIDE * (groups.pp.rank() * groups.dp_cp.size() + groups.dp_cp.rank()))
+    return groups
 
 
 def stop_groups() -> None:

@@ -1,0 +1,83 @@
+"""What the GPU benchmarks train: parts of the official models that fit one GPU, on random tokens."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+import nemotron3_megatron  # noqa: F401  (before Megatron-Core is imported)
+from nemotron3_megatron.config import compose, resolve
+from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
+from nemotron3_megatron.model.builder import build_model
+from nemotron3_megatron.parallel.groups import start_groups, stop_groups
+from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.precision.install import install_precision
+from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
+from nemotron3_megatron.train.step import Trainer, configure_schedule
+
+_ONE_STAGE = ("stages.phase1.global_batch_size=2", "stages.phase2.global_batch_size=2", "parallel=single")
+SLICES: dict[str, tuple[str, ...]] = {
+    "nano": ("recipe=nano_bf16", "model.pattern=MEMEM*EME", "model.num_moe_experts=16", *_ONE_STAGE),
+    "super": (
+        "recipe=super_bf16",
+        "model.pattern=MEM*EME",
+        "model.mtp_pattern=''",
+        "model.mtp_depths=0",
+        "model.num_moe_experts=64",
+        *_ONE_STAGE,
+    ),
+}
+"""Overrides of each slice: sequence 8192, two micro-batches of one sequence. Nano's has 1.60 B parameters and 16 of 128
+experts, Super's 2.65 B and 64 of 512."""
+
+
+def slice_run(name: str, overrides: list[str]) -> Run:
+    """The run of a slice in a world of one."""
+    recipe, origins = compose([*SLICES[name], *overrides])
+    return resolve(recipe, 1, origins)
+
+
+def random_batches(run: Run, step: int) -> list[MicroBatch]:
+    """One step's micro-batches, the same for the same ``step``."""
+    stage = run.stages[0]
+    generator = torch.Generator().manual_seed(step)
+    shape = (stage.micro_batch_size, stage.seq_length + 1)
+    return [
+        build_micro_batch(
+            torch.randint(1, run.model.vocab_size, shape, generator=generator),
+            mtp_depths=run.model.mtp_depths,
+            eod_token=0,
+            isolate_documents=False,
+        )
+        for _ in range(stage.num_microbatches)
+    ]
+
+
+@contextmanager
+def world_of_one(platform: Platform) -> Iterator[None]:
+    """A process group of this process alone, and an empty GPU afterwards."""
+    # A rendezvous of its own: a port cannot be used twice in one process.
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(platform.collective_backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        stop_groups()
+        gc.collect()
+        if platform.name == "cuda":
+            torch.cuda.empty_cache()
+
+
+def build_trainer(run: Run, platform: Platform) -> tuple[Trainer, str]:
+    """What ``train.py`` would build for ``run``, and the precision backend in force; inside ``world_of_one``."""
+    groups = start_groups(run, platform)
+    chunks = build_model(run, platform, groups)
+    backend = install_precision(run, platform, chunks)
+    model = wrap_data_parallel(chunks, run, groups)
+    trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
+    configure_schedule(trainer)
+    return trainer, backend
