@@ -85,6 +85,8 @@ def _plan(overrides: list[str], as_json: bool) -> int:
         sys.stdout.write(report.as_json(run) + "\n")
     else:
         report.show(run, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
+    sys.stdout.flush()
+    sys.stderr.write(report.write_map(run) + "\n")
     return 0
 
 
@@ -114,8 +116,9 @@ def _generate(overrides: list[str], _as_json: bool) -> int:
 VERBS = {
     "plan": Verb(
         _plan,
-        "print the resolved run: origin of each value, layers, parameters, layout, schedule; starts nothing",
+        "print the resolved run: origin of each value, layers, precision, parameters, layout, schedule; starts nothing",
         "nemotron3 plan recipe=NAME [world_size=N] [key=value ...] [--json]\n"
+        "Draws which layer computes in which format, too: run_dir/precision_map.png.\n"
         "world_size defaults to the recipe's. The keys are those of train.py (see train.py --help).",
         has_json=True,
     ),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron3_megatron.config.errors import UserError
-from nemotron3_megatron.config.provenance import check_single_writers, origins
+from nemotron3_megatron.config.provenance import check_single_writers, origins, place_of
 from nemotron3_megatron.config.recipe import Recipe
 from nemotron3_megatron.config.run import Origin
 from nemotron3_megatron.config.typed import typed
@@ -28,6 +28,7 @@ def compose(overrides: Sequence[str], recipes: Path = RECIPES) -> tuple[Recipe, 
         UserError: anything wrong with what was written, with its place.
     """
     from nemotron3_megatron.config.tree import load  # Hydra: only where recipes are composed
+    from nemotron3_megatron.precision.parse import check_policy, normalised  # they import this package
 
     if not (recipes / "config.yaml").is_file():
         raise UserError(str(recipes), why="holds no recipes (config.yaml is missing)")
@@ -35,10 +36,12 @@ def compose(overrides: Sequence[str], recipes: Path = RECIPES) -> tuple[Recipe, 
     writers = check_single_writers(composed.writes)
 
     def place(key: str) -> str | None:
-        inside = (write for name, write in writers.items() if name.startswith(f"{key}."))
-        write = writers.get(key) or next(inside, None)
-        return write.place if write else None
+        return place_of(key, writers)
 
-    recipe = typed(Recipe, {"name": composed.recipe_name, **composed.data}, "", place)
+    data = {"name": composed.recipe_name, **composed.data}
+    if "precision" in data:
+        data["precision"] = normalised(data["precision"], "precision", place)
+    recipe = typed(Recipe, data, "", place)
     assert isinstance(recipe, Recipe)
+    check_policy(recipe.precision, "precision", place)
     return recipe, origins(recipe, writers)

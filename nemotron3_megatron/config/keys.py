@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -11,20 +11,31 @@ from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.recipe import Recipe
 from nemotron3_megatron.config.typed import describe, is_required, show
 
+_ENTRY = {dict: ".NAME", tuple: "[N]"}
+"""How an entry of a collection is written behind its key."""
+
 
 def key_lines(kind: Any = Recipe, prefix: str = "") -> Iterator[str]:
-    """One line a key: ``parallel.tp = 1  (integer)``; keys without a default are marked as required."""
+    """One line a key: ``parallel.tp = 1  (integer)``; keys without a default are marked as required.
+
+    A mapping of keys has a line of its own only where it may be null or is one of a list.
+    """
     hints = get_type_hints(kind)
     for item in fields(kind):
         hint, key = hints[item.name], prefix + item.name
-        inner = get_args(hint)[1] if get_origin(hint) is dict else hint
-        if is_dataclass(inner) and inner is not Duration:
-            yield from key_lines(inner, f"{key}.NAME." if inner is not hint else f"{key}.")
-        elif is_required(item):
-            yield f"{key}  ({describe(hint)}, required)"
-        else:
-            default = item.default if item.default is not MISSING else ()
-            yield f"{key} = {show(default)}  ({describe(hint)})"
+        origin = get_origin(hint)
+        inner = next((part for part in (hint, *get_args(hint)) if is_dataclass(part) and part is not Duration), None)
+        if inner is None or origin not in (None, dict):
+            yield _line(key, item, hint)
+        if inner is not None:
+            yield from key_lines(inner, f"{key}{_ENTRY.get(origin, '')}.")
+
+
+def _line(key: str, item: Field[Any], hint: Any) -> str:
+    if is_required(item):
+        return f"{key}  ({describe(hint)}, required)"
+    default = item.default if item.default is not MISSING else ()
+    return f"{key} = {show(default)}  ({describe(hint)})"
 
 
 def group_lines(recipes: Path) -> Iterator[str]:

@@ -1,19 +1,20 @@
 """Everything that can be known to be impossible before anything starts.
 
-Each rule is a pure function from a recipe and a world size to the violations it sees. The nearest legal value in a
-message is found by trying: the value closest to the one set for which no rule objects.
+Each rule is a pure function from a recipe and a world size to the violations it sees; those of the precision plan,
+which needs a legal model, come second. The nearest legal value in a message is found by trying: the value closest to
+the one set for which no rule objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 from nemotron3_megatron.config.errors import UserError
-from nemotron3_megatron.config.provenance import COMMAND_LINE
+from nemotron3_megatron.config.provenance import COMMAND_LINE, enclosing
 from nemotron3_megatron.config.recipe import Recipe
-from nemotron3_megatron.config.rules import RULES
+from nemotron3_megatron.config.rules import RULES, Rule
 from nemotron3_megatron.config.run import Origin
 from nemotron3_megatron.config.typed import show
 
@@ -27,7 +28,7 @@ class _Found:
     keys: tuple[str, ...]
     why: str
     hint: str | None
-    rule: Callable[[Recipe, int], Any]
+    rule: Rule
 
 
 def check(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> None:
@@ -36,12 +37,27 @@ def check(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> No
     Raises:
         UserError: naming the value, its place, the reason and the nearest legal values.
     """
-    found = _first(recipe, world_size)
+    from nemotron3_megatron.config.precision import precision_rules
+    from nemotron3_megatron.precision.parse import check_policy
+    from nemotron3_megatron.precision.plan import precision_plan  # these three import this package
+
+    places = {origin.key: origin.place for origin in origins}
+
+    def place(key: str) -> str | None:
+        return next((places[name] for name in enclosing(key) if name in places), None)
+
+    _check(recipe, world_size, places, RULES)
+    check_policy(recipe.precision, "precision", place)  # again: a recipe may have been changed since it was composed
+    plan = precision_plan(recipe.precision, recipe.model, "precision", place)
+    _check(recipe, world_size, places, (*RULES, *precision_rules(plan)))
+
+
+def _check(recipe: Recipe, world_size: int, places: Mapping[str, str], rules: Sequence[Rule]) -> None:
+    found = _first(recipe, world_size, rules)
     if found is None:
         return
-    places = {origin.key: origin.place for origin in origins}
     keys = sorted(found.keys, key=lambda key: _blame(places.get(key)))
-    nearest = [text for key in keys if (text := _nearest(recipe, world_size, key, found))]
+    nearest = [text for key in keys if (text := _nearest(recipe, world_size, key, found, rules))]
     value = world_size if keys[0] == _WORLD else value_of(recipe, keys[0])
     default_place = "torchrun" if keys[0] == _WORLD else "default"
     raise UserError(
@@ -75,8 +91,8 @@ def _replace(node: Any, names: Sequence[str], value: object) -> Any:
     return replace(node, **{name: _replace(getattr(node, name), rest, value) if rest else value})
 
 
-def _first(recipe: Recipe, world_size: int) -> _Found | None:
-    for rule in RULES:
+def _first(recipe: Recipe, world_size: int, rules: Sequence[Rule]) -> _Found | None:
+    for rule in rules:
         for violation in rule(recipe, world_size):
             return _Found(violation.keys, violation.why, violation.hint, rule)
     return None
@@ -86,7 +102,7 @@ def _blame(place: str | None) -> int:
     return 2 if place is None else int(place != COMMAND_LINE)
 
 
-def _nearest(recipe: Recipe, world_size: int, key: str, found: _Found) -> str | None:
+def _nearest(recipe: Recipe, world_size: int, key: str, found: _Found, rules: Sequence[Rule]) -> str | None:
     """The legal value of ``key`` closest to the one set, all others unchanged; None when there is none near."""
     current = world_size if key == _WORLD else value_of(recipe, key)
     if isinstance(current, bool) or not isinstance(current, int):
@@ -94,10 +110,10 @@ def _nearest(recipe: Recipe, world_size: int, key: str, found: _Found) -> str | 
     quiet: int | None = None  # silences this rule at least, though a later one objects
     for tried, candidate in enumerate(_outward(current)):
         changed, world = (recipe, candidate) if key == _WORLD else (with_value(recipe, key, candidate), world_size)
-        objection = _first(changed, world)
+        objection = _first(changed, world, rules)
         if objection is None:
             return f"{key}={candidate}"
-        if quiet is None and key != _WORLD and RULES.index(objection.rule) > RULES.index(found.rule):
+        if quiet is None and key != _WORLD and rules.index(objection.rule) > rules.index(found.rule):
             quiet = candidate
         if quiet is not None and tried > 8 * abs(quiet - current) + _TRIES_AFTER_QUIET:
             break

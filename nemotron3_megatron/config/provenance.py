@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Write:
     """Config path of the file, such as ``recipe/tiny``, or ``command line``."""
     overrides: frozenset[str] = frozenset()
     """Files that this one is meant to override."""
+    inside: Mapping[str, str] = field(default_factory=dict)
+    """Places of what the value holds, when it is a list: of ``precision.rules[3]``, ``precision.rules[3].role``."""
 
     def may_override(self, other: Write) -> bool:
         """True when this write is allowed to replace ``other``'s value."""
@@ -58,9 +61,12 @@ def file_writes(path: Path, root: Path, source: str, package: str, overrides: fr
         return []
     if not isinstance(node, yaml.MappingNode):
         raise UserError(shown, why="must be a mapping of keys to values", nearest="key: value")
-    leaves = [(key, line) for key, line in _leaves(node, "", shown) if key.split(".")[0] != "defaults"]
     prefix = f"{package}." if package else ""
-    return [Write(prefix + key, f"{shown}:{line}", source, overrides) for key, line in leaves]
+    return [
+        Write(prefix + key, f"{shown}:{line}", source, overrides, dict(_inside(value, prefix + key, shown)))
+        for key, line, value in _leaves(node, "", shown)
+        if key.split(".")[0] != "defaults"
+    ]
 
 
 def check_single_writers(writes: Iterable[Write]) -> dict[str, Write]:
@@ -88,20 +94,40 @@ def origins(recipe: object, writers: Mapping[str, Write]) -> tuple[Origin, ...]:
     """Where every explicitly set value of a recipe comes from, in the order of the recipe's fields."""
     found = []
     for key, value, default in _values(recipe, ""):
-        write = writers.get(key)
-        if write is not None:
-            found.append(Origin(key=key, value=show(value), default=default, place=write.place))
+        place = place_of(key, writers) if key in writers or key.partition("[")[0] in writers else None
+        if place is not None:
+            found.append(Origin(key=key, value=show(value), default=default, place=place))
     return tuple(found)
+
+
+def place_of(key: str, writers: Mapping[str, Write]) -> str | None:
+    """Where a key was written: it, something in it, or else the value that it is a part of."""
+    dotted = re.sub(r"\[(\d+)\]", r".\1", key)  # so the command line writes into a list: precision.rules.0.format=...
+    inside = (write for name, write in writers.items() if name.startswith(f"{dotted}."))
+    write = writers.get(dotted) or next(inside, None)
+    if write is not None:
+        return write.place
+    write = next((writers[name] for name in enclosing(key) if name in writers), None)
+    if write is None:
+        return None
+    return next((write.inside[name] for name in enclosing(key) if name in write.inside), write.place)
+
+
+def enclosing(key: str) -> Iterator[str]:
+    """A key and all that hold it, outwards: ``a.b[2].c``, ``a.b[2]``, ``a.b``, ``a``."""
+    while key:
+        yield key
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
 
 
 def _shown(path: Path, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-def _leaves(node: yaml.Node, key: str, shown: str) -> Iterator[tuple[str, int]]:
-    line = node.start_mark.line + 1
+def _leaves(node: yaml.Node, key: str, shown: str) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Key, line and value of all that is no mapping, or an empty one."""
     if not isinstance(node, yaml.MappingNode):
-        yield key, line
+        yield key, node.start_mark.line + 1, node
         return
     seen: dict[str, int] = {}
     for name, child in node.value:
@@ -118,11 +144,24 @@ def _leaves(node: yaml.Node, key: str, shown: str) -> Iterator[tuple[str, int]]:
         if isinstance(child, yaml.MappingNode) and child.value:
             yield from _leaves(child, full, shown)
         else:
-            yield full, line
+            yield full, line, child
+
+
+def _inside(node: yaml.Node, key: str, shown: str) -> Iterator[tuple[str, str]]:
+    """Key and place of every entry of a list, and of the values of an entry."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield f"{key}[{index}]", f"{shown}:{item.start_mark.line + 1}"
+            yield from _inside(item, f"{key}[{index}]", shown)
+    elif isinstance(node, yaml.MappingNode):
+        for name, item in node.value:
+            full = f"{key}.{name.value}"
+            yield full, f"{shown}:{name.start_mark.line + 1}"
+            yield from _inside(item, full, shown)
 
 
 def _values(value: Any, key: str) -> Iterator[tuple[str, object, str]]:
-    """(dotted key, value, default as text) of every leaf below a dataclass."""
+    """(dotted key, value, default as text) of every leaf below a dataclass; entries of a list of them are leaves."""
     for item in fields(value):
         full, current = f"{key}.{item.name}" if key else item.name, getattr(value, item.name)
         if is_dataclass(current) and not isinstance(current, Duration):
@@ -131,4 +170,8 @@ def _values(value: Any, key: str) -> Iterator[tuple[str, object, str]]:
             for name, inner in current.items():
                 yield from _values(inner, f"{full}.{name}")
         else:
-            yield full, current, "required" if item.default is MISSING else show(item.default)
+            default = "required" if item.default is MISSING else show(item.default)
+            if isinstance(current, tuple) and current and is_dataclass(current[0]):
+                yield from ((f"{full}[{index}]", inner, default) for index, inner in enumerate(current))
+            else:
+                yield full, current, default

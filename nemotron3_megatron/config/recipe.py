@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemotron3_megatron.config.duration import EACH_STEP, NO_TOKENS, Duration
+from nemotron3_megatron.precision.policy import Format, Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +57,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrecisionConfig:
-    """Numerics of training; ``name`` is the policy's file name in ``recipes/precision``."""
+class PrecisionConfig(Policy):
+    """Numerics of training: a policy and what carries it out; ``name`` is its file name in ``recipes/precision``."""
 
+    default: Format = "bf16"
     name: str
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of parameters and activations. Master weights, gradients and moments are FP32 always."""
     backend: Literal["auto", "native", "emulated"] = "auto"
+    """native: Transformer Engine's kernels (Blackwell); emulated: quantise and dequantise around GEMMs in ``dtype``;
+    auto: native where the GPU has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -300,12 +300,6 @@ def options(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
             "selective recomputation names its modules",
             "parallel.recompute_modules=[core_attn]",
         )
-    if recipe.precision.backend != "auto":
-        yield Violation(
-            ("precision.backend",),
-            f"the policy {recipe.precision.name} quantises nothing, so there is no backend to choose",
-            "precision.backend=auto",
-        )
     if not 0 <= recipe.data.eod_token < recipe.model.vocab_size:
         yield Violation(("data.eod_token", "model.vocab_size"), "is not a token of the vocabulary")
     for group in ("sources", "validation"):

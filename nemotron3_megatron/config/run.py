@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nemotron3_megatron.config.recipe import (
     CheckpointConfig,
@@ -15,6 +15,9 @@ from nemotron3_megatron.config.recipe import (
     PrecisionConfig,
     TelemetryConfig,
 )
+
+if TYPE_CHECKING:
+    from nemotron3_megatron.precision.plan import PrecisionPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,13 @@ class Run:
     log_every_steps: int
     eval_every_steps: int | None
     origins: tuple[Origin, ...]
+
+    @property
+    def precision_plan(self) -> PrecisionPlan:
+        """What every module of the whole model computes in: a pure function of ``precision`` and ``model``."""
+        from nemotron3_megatron.precision.plan import precision_plan  # imports this package
+
+        return precision_plan(self.precision, self.model)
 
     def stage_at(self, step: int) -> Stage:
         """The stage that optimizer step ``step`` (0-based) belongs to; the last one for later steps."""

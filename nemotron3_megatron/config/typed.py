@@ -72,13 +72,18 @@ def describe(kind: Any) -> str:
 
 
 def show(value: object) -> str:
-    """A value as it is written in a recipe."""
+    """A value as it is written in a recipe; of a mapping, the keys that are not null, false or empty."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(show, value))}]"
+    if is_dataclass(value) and not isinstance(value, type | Duration):
+        value = {item.name: getattr(value, item.name) for item in fields(value)}
+    if isinstance(value, Mapping):
+        items = {name: item for name, item in value.items() if item is not None and item is not False and item != ""}
+        return f"{{{', '.join(f'{show(name)}: {show(item)}' for name, item in items.items())}}}"
     return str(value) if not isinstance(value, str) or value else "''"
 
 

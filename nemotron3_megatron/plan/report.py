@@ -13,17 +13,22 @@ from rich.table import Table
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.plan.counts import Counts, Layer, count_parameters, flops_per_token
+from nemotron3_megatron.plan.precision_shares import format_shares
+from nemotron3_megatron.plan.precision_table import notes, precision_table, shares_table
+from nemotron3_megatron.plan.tables import new_table
 
 
 def as_json(run: Run) -> str:
     """The plan as data (names are stable, see the design)."""
-    counts = count_parameters(run.model)
+    counts, precision = count_parameters(run.model), run.precision_plan
     first = run.stages[0]
     plan = {
         "recipe": run.name,
         "world_size": run.layout.world_size,
         "parameters": {"total": counts.total, "mtp": counts.mtp, "active": counts.active},
         "layers": [asdict(layer) for layer in counts.layers],
+        "precision": precision.as_data(),
+        "precision_shares": [asdict(share) for share in format_shares(precision, run.model, first.seq_length)],
         "layout": asdict(run.layout),
         "stages": [asdict(stage) for stage in run.stages],
         "schedule": asdict(run.schedule),
@@ -37,23 +42,39 @@ def as_json(run: Run) -> str:
 
 def show(run: Run, console: Console) -> None:
     """Print the plan: what, how large, on what layout, when, and who set which value."""
-    counts = count_parameters(run.model)
+    counts, precision = count_parameters(run.model), run.precision_plan
     console.print(
         f"[bold]{escape(run.name)}[/bold] on {run.layout.world_size} ranks, into {escape(str(run.run_dir))}\n"
     )
-    for table in (_parameters(counts), _layers(counts), _layout(run), _schedule(run), _origins(run)):
+    for table in (_parameters(counts), _layers(counts), precision_table(precision, run.precision), shares_table(run)):
+        console.print(table)
+    for note in notes(run):
+        console.print(f"  {note}", style="dim", highlight=False)
+    console.print()
+    for table in (_layout(run), _schedule(run), _origins(run)):
         console.print(table)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if 0 < index < len(columns) - 1 else "left", overflow="fold")
-    return table
+def write_map(run: Run) -> str:
+    """Draw ``precision_map.png`` into the run directory; returns where it is, or why it is not.
+
+    The plan of a run elsewhere (a cluster's run_dir) is a plan all the same, so this raises nothing.
+    """
+    from nemotron3_megatron.plan.precision_map import draw_precision_map  # Matplotlib
+
+    path = run.run_dir / "precision_map.png"
+    subtitle = (
+        f"precision {run.precision.name}, dtype {run.precision.dtype}; every linear of the model, whatever the layout"
+    )
+    try:
+        draw_precision_map(path, run.precision_plan, run.name, subtitle)
+    except OSError as error:
+        return f"no precision map: {path} cannot be written ({error.strerror})"
+    return f"precision map: {path}"
 
 
 def _parameters(counts: Counts) -> Table:
-    table = _table("Parameters", "", "count", "")
+    table = new_table("Parameters", "", "count", "")
     for name, count in (("total", counts.total), ("active per token", counts.active), ("MTP, beside", counts.mtp)):
         table.add_row(name, f"{count:,}", f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M")
     return table
@@ -61,7 +82,7 @@ def _parameters(counts: Counts) -> Table:
 
 def _layers(counts: Counts) -> Table:
     """Layers of a kind have one size, so one row says it all."""
-    table = _table("Layers", "kind", "layers", "parameters each", "parameters", "at")
+    table = new_table("Layers", "kind", "layers", "parameters each", "parameters", "at")
 
     def kind(layer: Layer) -> str:
         return layer.kind
@@ -76,7 +97,7 @@ def _layers(counts: Counts) -> Table:
 
 def _layout(run: Run) -> Table:
     layout = run.layout
-    table = _table("Layout", "", "ranks", "")
+    table = new_table("Layout", "", "ranks", "")
     note = "sequence parallel" if layout.sequence_parallel else ""
     rows = {
         "TP": (layout.tp, note),
@@ -98,7 +119,7 @@ def _schedule(run: Run) -> Table:
         f" {schedule.warmup_tokens:,}, tail {schedule.wsd_decay_tokens:,}, decay ends at"
         f" {schedule.decay_end_tokens:,} tokens; stops after step {run.total_steps:,}"
     )
-    table = _table(title, "stage", "steps", "tokens", "sequence", "global batch", "micro-batches")
+    table = new_table(title, "stage", "steps", "tokens", "sequence", "global batch", "micro-batches")
     for stage in run.stages:
         tokens = f"{stage.steps * stage.tokens_per_step:,}"
         micro = f"{stage.num_microbatches} of {stage.micro_batch_size}"

@@ -16,6 +16,7 @@ from nemotron3_megatron.data.training import TrainingData, ValidationData
 from nemotron3_megatron.model.builder import build_model
 from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
+from nemotron3_megatron.precision.install import install_precision
 from nemotron3_megatron.telemetry.writers import Writer, build_writers
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
 from nemotron3_megatron.train.callbacks.checkpointing import Checkpointing
@@ -49,6 +50,7 @@ def train(run: Run) -> int:
     # Data first: damaged files are found before a model is built.
     data = TrainingData(run, groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
     chunks = build_model(run, platform, groups)
+    install_precision(run, platform, chunks)
     model = wrap_data_parallel(chunks, run, groups)
     trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
     configure_schedule(trainer)
@@ -82,6 +84,10 @@ def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> Pr
     state = store.load(source, trainer.chunks, trainer.optimizer)
     data.load_state_dict(state["data"], allow_data_change=options.allow_data_change)
     if rank_zero:
+        before, plan = state.get("precision"), trainer.run.precision_plan
+        if before is not None and before["fingerprint"] != plan.fingerprint:
+            was, now = before["name"], trainer.run.precision.name
+            _log.warning("the precision plan is not the checkpoint's: %s until here, %s from here on", was, now)
         _log.info("continuing from %s at step %d", source, state["step"])
     return Progress(step=state["step"])
 
@@ -96,7 +102,12 @@ def _callbacks(trainer: Trainer, data: TrainingData, store: CheckpointStore, pro
     def save(step: int) -> None:
         for writer in writers:
             writer.sync()
-        state: dict[str, Any] = {"step": step, "tokens": run.tokens_at(step), "data": data.state_dict()}
+        state: dict[str, Any] = {
+            "step": step,
+            "tokens": run.tokens_at(step),
+            "data": data.state_dict(),
+            "precision": {"name": run.precision.name, "fingerprint": run.precision_plan.fingerprint},
+        }
         store.save(step, trainer.chunks, trainer.optimizer, state, keep_last=run.checkpoint.keep_last)
 
     def held_out_loss(event: StepEvent) -> tuple[float, ...]:

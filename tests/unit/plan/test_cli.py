@@ -16,6 +16,12 @@ from nemotron3_megatron.cli import VERBS, main
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative run directories, into which the plan draws, are not the checkout's."""
+    monkeypatch.chdir(tmp_path)
+
+
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
@@ -46,6 +52,39 @@ def test_plan_for_people_shows_origins_and_layers(capsys: pytest.CaptureFixture[
     assert "[moe]" in shown
 
 
+def test_plan_as_json_has_every_row_of_the_precision_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--json", "recipe=super_nvfp4"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    rows = plan["precision"]
+    # 40 Mamba layers of 2 linears, 8 attention of 2, 40 MoE of 6, and MTP's eh_proj + 2 + 6.
+    assert len(rows) == len({row["module"] for row in rows}) == 40 * 2 + 8 * 2 + 40 * 6 + 9
+    by_name = {row["module"]: row for row in rows}
+    row = by_name["decoder.layers.2.mixer.out_proj"]
+    assert (row["layer"], row["role"], row["format"], row["rule"]) == (
+        2, "mamba.out_proj", "mxfp8", "role mamba.out_proj",
+    )  # fmt: skip
+    assert [operand["tensor"] for operand in row["wgrad"]] == ["gradient", "input"]
+    assert by_name["mtp.layers.0.eh_proj"]["layer"] is None
+    assert sum(share["modules"] for share in plan["precision_shares"]) == len(rows)
+
+
+def test_plan_draws_the_precision_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ([], ["--json"]):
+        out = tmp_path / f"run{len(flag)}"
+        assert main(["plan", *flag, "recipe=tiny_nvfp4", f"run_dir={out}"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == f"precision map: {out}/precision_map.png\n"
+        assert (out / "precision_map.png").read_bytes().startswith(b"\x89PNG")
+        assert "precision_map" not in captured.out
+
+
+def test_plan_of_a_run_directory_elsewhere_is_shown_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "recipe=tiny_nvfp4", "run_dir=/proc/cluster"]) == 0
+    captured = capsys.readouterr()
+    assert "mamba.out_proj" in captured.out
+    assert captured.err.startswith("no precision map: /proc/cluster/precision_map.png")
+
+
 def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "recipe=tiny", "--json", "world_size=4"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"]["dp"] == 4
@@ -67,21 +106,29 @@ def test_user_errors_exit_2_with_a_message(arguments: list[str], capsys: pytest.
     assert not captured.out
 
 
-def test_plan_needs_no_torch_and_is_quick() -> None:
+def test_plan_needs_no_torch_and_is_quick(tmp_path: Path) -> None:
     code = (
-        "import sys; from nemotron3_megatron.cli import main; main(['plan', 'recipe=super_bf16']);"
+        "import sys; from nemotron3_megatron.cli import main;"
+        f"main(['plan', 'recipe=super_nvfp4', 'run_dir={tmp_path}']);"
         "sys.exit(3 if 'torch' in sys.modules else 0)"
     )
     begun = time.monotonic()
     done = start("-c", code)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begun < 10  # 1 s alone; the machine may be busy
+    assert time.monotonic() - begun < 10  # 2.3 s alone, the map included; the machine may be busy
 
 
 def test_train_help_lists_groups_and_keys() -> None:
     done = start("train.py", "--help")
     assert done.returncode == 0
-    for text in ("recipe=nano_bf16|super_bf16|tiny", "parallel.tp = 1", "stages.NAME.tokens  (duration, required)"):
+    recipes = "|".join(sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml")))
+    for text in (
+        f"recipe={recipes}",
+        "parallel.tp = 1",
+        "stages.NAME.tokens  (duration, required)",
+        "precision.rules[N].format  (nvfp4 | mxfp8 | bf16, required)",
+        "precision.nvfp4.hadamard = {size: 16, on: wgrad_inputs}  (mapping or null)",
+    ):
         assert text in done.stdout
 
 

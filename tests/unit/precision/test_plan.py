@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron3_megatron.config import Recipe, UserError, compose, resolve
+from nemotron3_megatron.config.compose import RECIPES
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.precision.modules import linear_modules
 from nemotron3_megatron.precision.operands import Operand
@@ -316,14 +316,56 @@ def test_rows_are_the_linears_of_the_built_model(
     assert expected == {name: shape for name, shape in built.items() if not outside.fullmatch(name)}
 
 
-POLICIES = sorted((Path(__file__).parent / "policies").glob("*.yaml"))
+POLICIES = {  # what each has in Super, tail and MTP included
+    "nemotron3_nvfp4": {"nvfp4": 166, "mxfp8": 34, "bf16": 145},
+    "all_nvfp4": {"nvfp4": 345},
+    "mxfp8": {"mxfp8": 345},
+    "bf16": {"bf16": 345},
+    "fp32": {"bf16": 345},
+    "no_hadamard": {"nvfp4": 166, "mxfp8": 34, "bf16": 145},
+    "no_stochastic_rounding": {"nvfp4": 166, "mxfp8": 34, "bf16": 145},
+    "no_2d_scaling": {"nvfp4": 166, "mxfp8": 34, "bf16": 145},
+    "mamba_out_nvfp4": {"nvfp4": 166 + 34, "bf16": 145},
+    "qkv_nvfp4": {"nvfp4": 166 + 7, "mxfp8": 34, "bf16": 145 - 7},
+    # The tail's layers 74 to 87 hold 6 Mamba, 1 attention and 7 MoE layers; without it, in_proj and experts of these
+    # are NVFP4 and out_proj MXFP8. 8 % keeps 80 to 87: 4 Mamba and 4 MoE; 25 % keeps 66 to 87: 10, 2 and 10.
+    "tail_0pct": {"nvfp4": 166 + 6 + 4 * 7, "mxfp8": 40, "bf16": 145 - 12 - 4 * 7},
+    "tail_8pct": {"nvfp4": 40 - 4 + 4 * (40 - 4), "mxfp8": 36, "bf16": 145 - 2 * 2 - 4 * 3},
+    "tail_25pct": {"nvfp4": 40 - 10 + 4 * (40 - 10), "mxfp8": 30, "bf16": 145 + 2 * 4 + 4 * 3},
+}
 
 
-@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("name", ["super", "ultra", "nano"])
-def test_every_policy_of_the_ablations_plans_every_model(models: dict[str, ModelConfig], name: str, path: Path) -> None:
-    settings = yaml.safe_load(path.read_text())
-    assert (settings.pop("name"), settings.pop("dtype")) == (path.stem, "bf16")
-    precision = precision_plan(parse_policy(settings), models[name])
-    found = set(formats(precision).values())
-    assert found == {"bf16"} if path.stem == "bf16" else settings["default"] in found
+def test_every_policy_of_the_recipes_is_known() -> None:
+    assert POLICIES.keys() == {path.stem for path in (RECIPES / "precision").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_of_the_recipes(models: dict[str, ModelConfig], name: str) -> None:
+    policy = compose(["recipe=super_bf16", f"precision={name}"])[0].precision
+    assert policy.name == name
+    for model in models.values():
+        precision_plan(policy, model)
+    assert Counter(row.format for row in precision_plan(policy, models["super"]).rows) == POLICIES[name]
+
+
+@pytest.mark.parametrize("name", ["no_hadamard", "no_stochastic_rounding", "no_2d_scaling"])
+def test_ablations_of_nvfp4_are_the_published_table_but_for_one_switch(name: str) -> None:
+    published = compose(["recipe=super_bf16", "precision=nemotron3_nvfp4"])[0].precision
+    ablation = compose(["recipe=super_bf16", f"precision={name}"])[0].precision
+    assert (ablation.default, ablation.rules) == (published.default, published.rules)
+    changed = {
+        "no_hadamard": {"hadamard": None},
+        "no_stochastic_rounding": {"stochastic_rounding": None},
+        "no_2d_scaling": {"weight_block": (1, 16)},
+    }[name]
+    assert ablation.nvfp4 == replace(published.nvfp4, **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4, 8])
+def test_super_is_the_published_table_under_every_pipeline(pp: int) -> None:
+    recipe, origins = compose(["recipe=super_nvfp4", f"parallel.pp={pp}"])
+    run = resolve(recipe, 3072, origins)
+    assert run.layout.hybrid_layer_pattern.count("|") == pp - 1
+    chosen = formats(run.precision_plan)
+    assert len(chosen) == 345
+    assert chosen == {module: bridge_format(module, 88 - 14) for module in chosen}
