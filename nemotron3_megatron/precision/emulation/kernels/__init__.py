@@ -1,0 +1,1 @@
+"""Triton kernels of quantised reads: one for the amax of NVFP4, one that quantises NVFP4, one that quantises MXFP8."""
