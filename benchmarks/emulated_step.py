@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from slices import build_trainer, random_batches, slice_run, world_of_one
+from slices import random_batches, slice_run, world_of_one
 
 from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.parallel.groups import start_groups
 from nemotron3_megatron.plan.counts import count_parameters
 from nemotron3_megatron.platform import Platform, select
+from nemotron3_megatron.train.build import build_trainer
 from nemotron3_megatron.train.step import train_step
 
 TURNS = 2
@@ -60,7 +62,8 @@ def _time(run: Run, platform: Platform, steps: int) -> dict[str, Any]:
     loss = float("nan")
     with world_of_one(platform):
         torch.cuda.reset_peak_memory_stats()
-        trainer, backend = build_trainer(run, platform)
+        trainer = build_trainer(run, platform, start_groups(run, platform))
+        backend = trainer.backend
         for step in range(WARMUP_STEPS + steps):
             batches = random_batches(run, step)
             platform.synchronize()

@@ -8,16 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
-import nemotron3_megatron  # noqa: F401  (before Megatron-Core is imported)
 from nemotron3_megatron.config import compose, resolve
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
-from nemotron3_megatron.model.builder import build_model
-from nemotron3_megatron.parallel.groups import start_groups, stop_groups
+from nemotron3_megatron.parallel.groups import stop_groups
 from nemotron3_megatron.platform import Platform
-from nemotron3_megatron.precision.install import install_precision
-from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
-from nemotron3_megatron.train.step import Trainer, configure_schedule
 
 _ONE_STAGE = ("stages.phase1.global_batch_size=2", "stages.phase2.global_batch_size=2", "parallel=single")
 SLICES: dict[str, tuple[str, ...]] = {
@@ -67,17 +62,10 @@ def world_of_one(platform: Platform) -> Iterator[None]:
         yield
     finally:
         stop_groups()
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+        # Shaped by whoever set it first, for the whole process.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         gc.collect()
         if platform.name == "cuda":
             torch.cuda.empty_cache()
-
-
-def build_trainer(run: Run, platform: Platform) -> tuple[Trainer, str]:
-    """What ``train.py`` would build for ``run``, and the precision backend in force; inside ``world_of_one``."""
-    groups = start_groups(run, platform)
-    chunks = build_model(run, platform, groups)
-    backend = install_precision(run, platform, chunks)
-    model = wrap_data_parallel(chunks, run, groups)
-    trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
-    configure_schedule(trainer)
-    return trainer, backend

@@ -21,13 +21,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from slices import SLICES, build_trainer, random_batches, slice_run, world_of_one
+from slices import SLICES, random_batches, slice_run, world_of_one
 from torch.profiler import ProfilerActivity, profile
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch
+from nemotron3_megatron.parallel.groups import start_groups
 from nemotron3_megatron.plan.counts import flops_per_token
 from nemotron3_megatron.platform import Platform, select
+from nemotron3_megatron.train.build import build_trainer
 from nemotron3_megatron.train.step import train_step
 
 TURNS = 2
@@ -84,7 +86,7 @@ def _step_of(loop: str, run: Run, platform: Platform) -> Step:
         from peer import Peer
 
         return Peer(run).step
-    trainer, _ = build_trainer(run, platform)
+    trainer = build_trainer(run, platform, start_groups(run, platform))
     return lambda batches: train_step(trainer, batches, run.stages[0], 1e-4).losses[0]
 
 

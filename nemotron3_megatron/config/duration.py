@@ -86,3 +86,4 @@ class Duration:
 
 NO_TOKENS = Duration(0, "tokens")
 EACH_STEP = Duration(1, "steps")
+EVERY_100_STEPS = Duration(100, "steps")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nemotron3_megatron.config.duration import EACH_STEP, NO_TOKENS, Duration
+from nemotron3_megatron.config.duration import EACH_STEP, EVERY_100_STEPS, NO_TOKENS, Duration
 from nemotron3_megatron.precision.policy import Format, Policy
 
 
@@ -86,6 +86,8 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    cuda_graph: Literal["auto", "none", "passes"] = "none"
+    """passes: forward and backward of a step are one CUDA graph; auto: where that is possible, saying why not."""
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: tuple[str, ...] = ()
 
@@ -168,6 +170,9 @@ class TelemetryConfig:
     log_every: Duration = EACH_STEP
     eval_every: Duration | None = None
     eval_batches: int = 8
+    precision_every: Duration | None = EVERY_100_STEPS
+    """How often to observe what quantisation loses in each operand (also in the first step); null: never. Has no effect
+    where nothing is quantised."""
     tensorboard: bool = True
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online with an API key, else offline when wandb is installed, else off."""

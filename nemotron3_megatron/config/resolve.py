@@ -51,6 +51,7 @@ def resolve(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> 
         telemetry=telemetry,
         log_every_steps=telemetry.log_every.in_steps(per_step),
         eval_every_steps=_interval(telemetry.eval_every, per_step),
+        precision_every_steps=_interval(telemetry.precision_every, per_step),
         origins=tuple(origin for origin in origins if origin.value != origin.default),
     )
 

@@ -104,6 +104,7 @@ class Run:
     telemetry: TelemetryConfig
     log_every_steps: int
     eval_every_steps: int | None
+    precision_every_steps: int | None
     origins: tuple[Origin, ...]
 
     @property

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FEWEST_DOCUMENTS = 16
+"""That :meth:`MicroBatch.boundaries` has room for."""
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -27,6 +30,17 @@ class MicroBatch:
     """(b, s) int64; restarts at 0 in each document when isolated."""
     documents: Tensor
     """(b, s) int32, non-decreasing along s: index of the token's document in its sequence; 0 if not isolated."""
+
+    def boundaries(self) -> Tensor:
+        """(n + 1,) int32 cumulative lengths of the documents, rows end to end, from 0 to all tokens.
+
+        Documents of length 0 at the end make n a power of two, so that few different shapes occur.
+        """
+        starts = torch.ones_like(self.documents, dtype=torch.bool)
+        starts[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        first = starts.flatten().nonzero().flatten().to(torch.int32)
+        padding = max(FEWEST_DOCUMENTS, 1 << (len(first) - 1).bit_length()) - len(first) + 1
+        return torch.cat([first, first.new_full((padding,), self.documents.numel())])
 
     def shard(self, cp_rank: int, cp_size: int) -> MicroBatch:
         """This context-parallel rank's part: chunks ``cp_rank`` and ``2 * cp_size - 1 - cp_rank`` of 2 * cp_size.

@@ -18,12 +18,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 
-def document_params(documents: Tensor) -> PackedSeqParams:
+def document_params(documents: Tensor, boundaries: Tensor | None = None) -> PackedSeqParams:
     """Carry document indices (B, G) int32 of the *whole* sequence through Megatron's layers.
 
     ``sbhd`` keeps batch and sequence dimensions apart, so every other layer works as without packing.
+
+    Args:
+        documents: indices.
+        boundaries: (n + 1,) int32 cumulative lengths of the documents, rows end to end, for kernels that want them;
+            None: they find them in ``documents``, for which the CPU must wait.
     """
-    return PackedSeqParams(qkv_format="sbhd", seq_idx=documents.to(torch.int32))
+    return PackedSeqParams(qkv_format="sbhd", seq_idx=documents.to(torch.int32), cu_seqlens_q=boundaries)
 
 
 def zigzag_positions(length: int, cp_rank: int, cp_size: int, device: torch.device) -> Tensor:

@@ -30,10 +30,10 @@ def build_model(run: Run, platform: Platform, groups: ProcessGroupCollection) ->
         platform: device and kernels.
         groups: process groups of the layout (``parallel.start_groups``).
     """
-    implementation = platform.default_spec if run.model.spec == "auto" else run.model.spec
+    implementation = chosen_spec(run.model, platform)
     check_supported(run, platform, implementation)
     config = transformer_config(run, platform.megatron_flags(implementation))
-    spec = stack_spec(run.model, implementation)
+    spec = stack_spec(run, implementation)
     chunks = []
     for vp_stage in range(run.layout.vpp):
         stage = vp_stage if run.layout.vpp > 1 else None
@@ -57,6 +57,11 @@ def build_model(run: Run, platform: Platform, groups: ProcessGroupCollection) ->
     return chunks
 
 
+def chosen_spec(model: ModelConfig, platform: Platform) -> Spec:
+    """The module implementation that ``model.spec`` means on this platform."""
+    return platform.default_spec if model.spec == "auto" else model.spec
+
+
 def check_supported(run: Run, platform: Platform, implementation: Spec) -> None:
     """Refuse what this device or module spec cannot do.
 
@@ -77,15 +82,24 @@ def check_supported(run: Run, platform: Platform, implementation: Spec) -> None:
         )
 
 
-def stack_spec(model: ModelConfig, implementation: Spec) -> ModuleSpec:
+def stack_spec(run: Run, implementation: Spec) -> ModuleSpec:
     """The hybrid stack in the given implementation (imported on demand: ``te`` needs its packages)."""
+    model = run.model
     if implementation == "te":
         from nemotron3_megatron.model.specs.te import te_stack_spec
 
-        return te_stack_spec(model.mamba_chunk_size, model.num_moe_experts)
+        return te_stack_spec(model.mamba_chunk_size, model.num_moe_experts, local_experts=has_local_experts(run))
     from nemotron3_megatron.model.specs.torch import torch_stack_spec
 
     return torch_stack_spec(model.mamba_chunk_size)
+
+
+def has_local_experts(run: Run) -> bool:
+    """Whether the te spec's experts can do without token counts on the CPU (``model/local_experts.py``)."""
+    quantised = any(row.format != "bf16" for row in run.precision_plan.rows if row.role.startswith("moe.experts"))
+    alone = run.layout.ep == run.layout.etp == run.layout.tp == 1
+    plain = run.parallel.moe_token_dispatcher_type == "alltoall" and "moe_act" not in run.parallel.recompute_modules
+    return alone and plain and not quantised and run.precision.dtype == "bf16"
 
 
 def model_sharded_state(chunk: Nemotron3Model, groups: ProcessGroupCollection) -> ShardedStateDict:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from nemotron3_megatron.model.attention import document_params, whole_documents
 from nemotron3_megatron.model.layers import RMSNorm
+from nemotron3_megatron.model.vocabulary_loss import vocabulary_loss
 
 
 class TorchHybridStack(HybridStack):  # type: ignore[misc]
@@ -41,12 +43,20 @@ class Nemotron3Model(HybridModel):  # type: ignore[misc]
     pull request #7498), which makes gradients depend on how uneven loss masks fall on ranks.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _let_constructor_pass()
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # Its own forward makes logits only; gradients are added up by the loss.
+            self.output_layer.gradient_accumulation_fusion = False
+
     def forward(
         self,
         tokens: Tensor | None,
         position_ids: Tensor | None,
         labels: Tensor | None = None,
         documents: Tensor | None = None,
+        boundaries: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch through this rank's layers.
 
@@ -55,12 +65,15 @@ class Nemotron3Model(HybridModel):  # type: ignore[misc]
             position_ids: (B, S) int64, as tokens.
             labels: (1 + D, B, S) int64: row d holds the token d + 1 places ahead. None: logits are returned.
             documents: (B, S) int32 index of each token's document; None: one document.
+            boundaries: (n + 1,) int32, see ``MicroBatch.boundaries``.
 
         Returns:
             Losses (1 + D, B, S) float32 on the last stage, logits (B, S, V) there without labels, and hidden
             states (S, B, H) on other stages.
         """
-        packed = None if documents is None else document_params(whole_documents(documents, self.pg_collection.cp))
+        packed = None
+        if documents is not None:
+            packed = document_params(whole_documents(documents, self.pg_collection.cp), boundaries)
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:
@@ -83,6 +96,13 @@ class Nemotron3Model(HybridModel):  # type: ignore[misc]
 
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of every position: hidden (S, B, H) and labels (B, S) -> (B, S) float32."""
+        if hidden.is_cuda:
+            return vocabulary_loss(hidden, self.output_layer, labels)
         logits, _ = self.output_layer(hidden)
         loss: Tensor = self.compute_language_model_loss(labels, logits)
         return loss.float()
+
+
+def _let_constructor_pass() -> None:
+    """Without apex, Megatron's output layer refuses to be built with ``gradient_accumulation_fusion``."""
+    megatron_layers._grad_accum_fusion_available = True

@@ -58,8 +58,8 @@ class CudaPlatform:
             )
         return flags | {
             "transformer_impl": "transformer_engine",
-            # The output layer is Megatron's own, and there only apex's kernel adds into the gradient buffer.
-            "gradient_accumulation_fusion": not missing_modules(("fused_weight_gradient_mlp_cuda",)),
+            # Transformer Engine's GEMMs add weight gradients into the FP32 buffers themselves.
+            "gradient_accumulation_fusion": True,
             "use_fused_weighted_squared_relu": True,
             "cross_entropy_loss_fusion": True,
             "moe_permute_fusion": True,

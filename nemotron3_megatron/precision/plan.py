@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -58,6 +60,12 @@ class PrecisionPlan:
         for record in records:
             record.update(record.pop("gemms"))
         return records
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for plans that compute the same, whatever the rules are called."""
+        rows = [(row.module, asdict(row.gemms)) for row in self.rows]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def folded(self) -> tuple[FoldedRow, ...]:
         """Rows that differ in their layer only, as one; in the order of their first module."""

@@ -104,5 +104,6 @@ def _table(wrong: list[Difference], planned: int) -> str:
     with console.capture() as capture:
         console.print(table)
     rest = f"\n... and {len(ranks) - _SHOWN} more modules" if len(ranks) > _SHOWN else ""
-    title = f"{len(ranks)} modules do not follow the precision plan of {planned} modules"
+    count = "1 module does" if len(ranks) == 1 else f"{len(ranks)} modules do"
+    title = f"{count} not follow the precision plan of {planned}"
     return f"{title}\n{capture.get()}{rest}"

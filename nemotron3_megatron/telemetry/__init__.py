@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry.records import EvalRecord, OperandRecord, StepRecord
 
-__all__ = ["EvalRecord", "StepRecord"]
+__all__ = ["EvalRecord", "OperandRecord", "StepRecord"]

@@ -3,6 +3,7 @@
 ::
 
     step 120/600  20%  loss 5.1234  mtp 5.8123 6.0211  |g|  1.23  lr 8.00e-04  12.3k tok/s  eta 3m12s
+    prec 120/600  20%  flush to zero at most 12.3%  gradient of decoder.layers.3.mixer.in_proj in nvfp4
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry.scalars import most_flushed
 from nemotron3_megatron.telemetry.throughput import Pace, format_count, format_duration
 
 
@@ -42,6 +44,8 @@ class Console:
         if due:
             eta = self._seconds_per_token.remaining(self._total_tokens - record.tokens)
             self._show(step_line(record, self._run.total_steps, eta, with_stage=len(self._run.stages) > 1))
+            if record.precision:
+                self._show(precision_line(record, self._run.total_steps))
 
     def write_eval(self, record: EvalRecord) -> None:
         """Show a validation pass."""
@@ -77,6 +81,15 @@ def step_line(record: StepRecord, total_steps: int, eta_s: float | None, *, with
     line.append("  eta ", "dim").append(format_duration(eta_s), "cyan")
     if record.skipped:
         line.append(f"  update refused: {record.skip_reason or 'no reason given'}", "bold red")
+    return line
+
+
+def precision_line(record: StepRecord, total_steps: int) -> Text:
+    """The operand that loses most to zero, of a step with sampled operands."""
+    worst = most_flushed(record.precision)
+    line = _head("prec", record.step, total_steps)
+    line.append("  flush to zero at most ", "dim").append(f"{worst.flush_to_zero:.1%}", "bold magenta")
+    line.append(f"  {worst.label} of {worst.module} in {worst.format}", "dim")
     return line
 
 

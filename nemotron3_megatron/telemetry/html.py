@@ -1,4 +1,4 @@
-"""One self-contained HTML page: tables and a picture, no script, nothing fetched."""
+"""One self-contained HTML page: tables and pictures, no script, nothing fetched."""
 
 from __future__ import annotations
 
@@ -29,16 +29,31 @@ class Section:
     rows: Sequence[Sequence[str]]
 
 
-def page(title: str, picture_png: bytes, sections: Sequence[Section]) -> str:
-    """The whole page; sections without rows are left out."""
-    picture = base64.b64encode(picture_png).decode("ascii")
-    body = "\n".join(_section(section) for section in sections if section.rows)
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A PNG and what it shows; ``title`` stands above it unless it is empty."""
+
+    title: str
+    shows: str
+    png: bytes
+
+
+def page(title: str, pictures: Sequence[Picture], sections: Sequence[Section]) -> str:
+    """The whole page: the first picture, sections (those without rows are left out), the other pictures."""
+    first, *others = map(_picture, pictures)
+    body = "\n".join([first, *(_section(section) for section in sections if section.rows), *others])
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        f'<img alt="Loss curves" src="data:image/png;base64,{picture}">\n{body}\n</body>\n</html>\n'
+        f"{body}\n</body>\n</html>\n"
     )
+
+
+def _picture(picture: Picture) -> str:
+    heading = f"<h2>{escape(picture.title)}</h2>\n" if picture.title else ""
+    data = base64.b64encode(picture.png).decode("ascii")
+    return f'{heading}<img alt="{escape(picture.shows)}" src="data:image/png;base64,{data}">'
 
 
 def _section(section: Section) -> str:

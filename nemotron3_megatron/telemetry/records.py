@@ -1,5 +1,7 @@
 """What is recorded of a run: one ``StepRecord`` an optimizer step, one ``EvalRecord`` a validation pass.
 
+Sampled steps hold one ``OperandRecord`` for each operand of each quantised module.
+
 A record is one JSON object on one line. Floats are written with ``repr``'s shortest form that reads back
 to the same bits, so two runs can be compared bitwise; a number that is not finite is written as ``null``
 (JSON has no NaN) and reads back as NaN.
@@ -11,6 +13,43 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperandRecord:
+    """What quantising one operand lost, over the ranks and sampled micro-batches of a step.
+
+    Exact definitions are in ``precision/statistics.py``.
+    """
+
+    module: str
+    """Name with the global layer number, as in the precision plan."""
+    layer: int | None
+    """Global number in the decoder, from 0; None in MTP."""
+    role: str
+    tensor: str
+    """``input``, ``weight`` or ``gradient`` (of the output)."""
+    direction: str
+    """``rows``: blocks lie along the last dimension; ``columns``: along tokens, or a weight's outputs."""
+    format: str
+    flush_to_zero: float
+    """Share of the non-zero elements whose quantised value is 0."""
+    saturation: float
+    """Share of the non-zero elements that were clamped."""
+    relative_error: float
+    """||quantised - exact|| / ||exact||."""
+    amax: float
+    scale_min: float
+    """Of the block scales: E4M3 numbers in NVFP4, exponents of two in MXFP8."""
+    scale_max: float
+    scale_zero: float
+    """Share of block scales that are 0."""
+    scale_subnormal: float
+
+    @property
+    def label(self) -> str:
+        """``gradient``, or ``gradient_columns`` for blocks along columns."""
+        return self.tensor if self.direction == "rows" else f"{self.tensor}_{self.direction}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +77,14 @@ class StepRecord:
     """The update was refused (non-finite gradients, spike policy); weights did not move."""
     skip_reason: str = ""
     peak_memory_gib: float | None = None
+    precision: tuple[OperandRecord, ...] = ()
+    """Of quantised operands; empty in steps that were not sampled."""
 
     def to_json(self) -> str:
-        """One strict JSON object without a line break."""
-        return _dump(asdict(self))
+        """One strict JSON object without a line break; ``precision`` is left out where it is empty."""
+        fields = asdict(self)
+        operands = [_with_null(operand) for operand in fields.pop("precision")]
+        return _dump(fields | ({"precision": operands} if operands else {}))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -51,6 +94,7 @@ class StepRecord:
             ValueError: the text is not a JSON object or lacks a required key.
         """
         fields = _load(text, cls.__slots__, ("loss", "grad_norm", "lr", "tokens_per_s", "step_time_s"))
+        fields["precision"] = tuple(_operand(found) for found in fields.get("precision", ()))
         return _construct(cls, fields)
 
 
@@ -86,8 +130,18 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _with_null(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: _finite(value) for key, value in fields.items()}
+
+
 def _dump(fields: dict[str, Any]) -> str:
-    return json.dumps({key: _finite(value) for key, value in fields.items()}, allow_nan=False)
+    return json.dumps(_with_null(fields), allow_nan=False)
+
+
+def _operand(found: dict[str, Any]) -> OperandRecord:
+    fields = {key: value for key, value in found.items() if key in OperandRecord.__slots__}
+    nulls = [key for key, value in fields.items() if value is None and key != "layer"]
+    return _construct(OperandRecord, fields | dict.fromkeys(nulls, math.nan))
 
 
 def _load(text: str, names: tuple[str, ...], floats: tuple[str, ...]) -> dict[str, Any]:

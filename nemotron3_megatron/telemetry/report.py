@@ -15,10 +15,12 @@ from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Layout
 from nemotron3_megatron.plan.counts import count_parameters
 from nemotron3_megatron.telemetry.curves import draw_loss_curve, smoothed
-from nemotron3_megatron.telemetry.html import Section, page
+from nemotron3_megatron.telemetry.html import Picture, Section, page
 from nemotron3_megatron.telemetry.jsonlines import read_evals, read_steps
+from nemotron3_megatron.telemetry.precision_map import draw_precision_history, draw_precision_map
 from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
 from nemotron3_megatron.telemetry.run_record import RunRecord, read_run_record, unigram_entropy
+from nemotron3_megatron.telemetry.scalars import most_flushed
 from nemotron3_megatron.telemetry.terminal_plot import Series, plot
 from nemotron3_megatron.telemetry.throughput import WARMUP_STEPS, format_count, format_duration
 
@@ -44,16 +46,16 @@ class Findings:
 
 
 def report_main(overrides: Sequence[str]) -> int:
-    """``nemotron3 report run_dir=PATH``: write ``loss.png`` and ``report.html`` into it and plot in the terminal.
+    """``nemotron3 report run_dir=PATH``: write pictures and ``report.html`` into it and plot in the terminal.
 
     Raises:
         UserError: an argument is wrong or the directory holds no run.
     """
     findings = read_findings(_run_dir(overrides))
-    picture, document = write_report(findings)
+    written = write_report(findings)
     console = Console(width=None if Console().is_terminal else PLOT_WIDTH + 2)
     show_report(findings, console)
-    console.print(f"wrote {picture}\nwrote {document}", soft_wrap=True, highlight=False)
+    console.print("\n".join(f"wrote {path}" for path in written), soft_wrap=True, highlight=False)
     return 0
 
 
@@ -70,8 +72,12 @@ def read_findings(run_dir: Path) -> Findings:
     return Findings(run_dir, record, tuple(steps), tuple(read_evals(run_dir)), unigram_entropy(record.run))
 
 
-def write_report(findings: Findings) -> tuple[Path, Path]:
-    """Write ``loss.png`` and ``report.html`` into the run directory; returns both paths."""
+def write_report(findings: Findings) -> list[Path]:
+    """Write ``loss.png``, pictures of sampled operands and ``report.html`` into the run directory.
+
+    Returns:
+        The files, ``report.html`` last.
+    """
     picture, document = findings.run_dir / "loss.png", findings.run_dir / "report.html"
     draw_loss_curve(
         picture,
@@ -80,9 +86,26 @@ def write_report(findings: Findings) -> tuple[Path, Path]:
         title=f"{findings.record.run.name}: loss over training",
         unigram_entropy=findings.unigram_entropy,
     )
+    pictures = {picture: ("", "Loss curves"), **_draw_operands(findings)}
+    shown = [Picture(title, shows, path.read_bytes()) for path, (title, shows) in pictures.items()]
     title = f"{findings.record.run.name}: training report"
-    document.write_text(page(title, picture.read_bytes(), _sections(findings)), encoding="utf-8")
-    return picture, document
+    document.write_text(page(title, shown, _sections(findings)), encoding="utf-8")
+    return [*pictures, document]
+
+
+def _draw_operands(findings: Findings) -> dict[Path, tuple[str, str]]:
+    """Draw the sampled operands, if there are any; path -> heading, what is shown."""
+    sampled = [record for record in findings.steps if record.precision]
+    if not sampled:
+        return {}
+    name, last = findings.record.run.name, sampled[-1]
+    history, layers = (findings.run_dir / f"precision_{what}.png" for what in ("history", "statistics"))
+    draw_precision_history(history, sampled, title=f"{name}: elements flushed to zero, mean over layers")
+    draw_precision_map(layers, last, title=f"{name}: quantised operands at step {last.step:,}")
+    return {
+        history: ("Quantisation", "Share of elements flushed to zero over steps"),
+        layers: ("", f"Flushed share and relative error by layer at step {last.step}"),
+    }
 
 
 def show_report(findings: Findings, console: Console) -> None:
@@ -116,6 +139,9 @@ def summary(findings: Findings) -> list[tuple[str, str]]:
         ("throughput", f"{format_count(median(steady))} tokens/s (median)"),
         ("time in steps", format_duration(sum(record.step_time_s for record in steps))),
     ]
+    if sampled := [record for record in steps if record.precision]:
+        worst = most_flushed(sampled[-1].precision)
+        rows.append(("flushed to zero", f"at most {worst.flush_to_zero:.1%} ({worst.label} of {worst.module})"))
     if peak is not None:
         rows.append(("peak memory", f"{peak:.2f} GiB (rank 0)"))
     refused = [record.step for record in steps if record.skipped]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
+import math
+from collections.abc import Sequence
+from statistics import mean
+
+from nemotron3_megatron.telemetry.records import EvalRecord, OperandRecord, StepRecord
 
 
 def step_scalars(record: StepRecord) -> dict[str, float]:
@@ -16,10 +20,31 @@ def step_scalars(record: StepRecord) -> dict[str, float]:
         "speed/tokens_per_s": record.tokens_per_s,
         "speed/step_time_s": record.step_time_s,
         **_by_depth("train", record.mtp_losses),
+        **precision_scalars(record.precision),
     }
     if record.peak_memory_gib is not None:
         scalars["memory/peak_gib"] = record.peak_memory_gib
     return scalars
+
+
+def precision_scalars(operands: Sequence[OperandRecord]) -> dict[str, float]:
+    """Means over the layers of a role: ``precision/flush_to_zero/mamba.out_proj/gradient`` and alike.
+
+    Blocks along columns have a curve of their own, ``…/gradient_columns``.
+    """
+    groups: dict[str, list[OperandRecord]] = {}
+    for operand in operands:
+        groups.setdefault(f"{operand.role}/{operand.label}", []).append(operand)
+    return {
+        f"precision/{name}/{group}": mean(getattr(record, name) for record in records)
+        for name in ("flush_to_zero", "saturation", "relative_error")
+        for group, records in groups.items()
+    }
+
+
+def most_flushed(operands: Sequence[OperandRecord]) -> OperandRecord:
+    """The one, of at least one, that loses the largest share of its elements to zero; NaN counts as none."""
+    return max(operands, key=lambda operand: -1.0 if math.isnan(operand.flush_to_zero) else operand.flush_to_zero)
 
 
 def eval_scalars(record: EvalRecord) -> dict[str, float]:

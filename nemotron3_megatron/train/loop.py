@@ -25,6 +25,8 @@ def run_steps(trainer: Trainer, data: TrainingData, progress: Progress, callback
     while progress.step < run.total_steps and stop is None:
         stage = run.stage_at(progress.step)
         lr = learning_rate(run.schedule, run.tokens_at(progress.step))
+        for callback in callbacks:
+            callback.before_step(progress.step + 1)
         trainer.platform.synchronize()
         timer.start()
         result = train_step(trainer, data.next_step(stage), stage, lr)

@@ -10,6 +10,7 @@ depth d is scaled by N_0 / N_d here: gradients are then the same whatever ranks 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,12 @@ class LossWeights:
     """(1 + D,) float64 tokens of the global batch with loss at each depth."""
     scales: Tensor
     """(1 + D,) float32 factor of each depth's summed loss; the main loss has 1."""
+    balancing: Tensor
+    """() float32 factor of the router's balancing loss: the share of the batch's tokens that carry main loss.
+
+    Megatron-Core multiplies the balancing loss of each micro-batch by its token count and expects gradients to be
+    divided by all tokens of the batch; here they are divided by the tokens that carry loss.
+    """
 
 
 def loss_weights(
@@ -48,7 +55,8 @@ def loss_weights(
     if model.mtp_depths:
         share = model.mtp_loss_scaling_factor / model.mtp_depths
         scales[1:] = share * counts[0] / counts[1:].clamp(min=1)
-    return LossWeights(counts, scales.float())
+    tokens = sum(batch.loss_mask[0].numel() for batch in batches) * math.prod(group.size() for group in groups)
+    return LossWeights(counts, scales.float(), (counts[0] / tokens).float())
 
 
 def weighted_loss(losses: Tensor, loss_mask: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor, Tensor]:

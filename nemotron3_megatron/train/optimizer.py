@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,18 +49,32 @@ def wrap_data_parallel(
         # Our own update looks at every gradient and skips the step instead of raising on one rank.
         check_for_nan_in_grad=False,
     )
-    return [
-        DistributedDataParallel(
-            chunk.config,
-            config,
-            chunk,
-            # One bucket group a buffer: gloo corrupts a coalesced gather of buffers of different types.
-            disable_bucketing=False,
-            pg_collection=groups,
-            full_param_layout=_parameter_layout(chunk, config, groups),
-        )
-        for chunk in chunks
-    ]
+    with _side_stream():
+        return [
+            DistributedDataParallel(
+                chunk.config,
+                config,
+                chunk,
+                # One bucket group a buffer: gloo corrupts a coalesced gather of buffers of different types.
+                disable_bucketing=False,
+                pg_collection=groups,
+                full_param_layout=_parameter_layout(chunk, config, groups),
+            )
+            for chunk in chunks
+        ]
+
+
+@contextmanager
+def _side_stream() -> Iterator[None]:
+    """The stream that DDP's gradient hooks will belong to: a CUDA graph cannot wait for the default one."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _parameter_layout(

@@ -13,19 +13,20 @@ from nemotron3_megatron.checkpoint.store import CheckpointStore
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.training import TrainingData, ValidationData
-from nemotron3_megatron.model.builder import build_model
 from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
-from nemotron3_megatron.precision.install import install_precision
+from nemotron3_megatron.precision.lowering.names import named_linears
+from nemotron3_megatron.precision.observe import Observer
 from nemotron3_megatron.telemetry.writers import Writer, build_writers
+from nemotron3_megatron.train.build import build_trainer
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
 from nemotron3_megatron.train.callbacks.checkpointing import Checkpointing
+from nemotron3_megatron.train.callbacks.precision import PrecisionTelemetry
 from nemotron3_megatron.train.callbacks.preemption import Preemption
 from nemotron3_megatron.train.callbacks.recording import Recording, Validation
 from nemotron3_megatron.train.loop import run_steps
-from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
 from nemotron3_megatron.train.record import write_run_record
-from nemotron3_megatron.train.step import Trainer, configure_schedule, evaluate
+from nemotron3_megatron.train.step import Trainer, evaluate
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +50,7 @@ def train(run: Run) -> int:
     groups = start_groups(run, platform)
     # Data first: damaged files are found before a model is built.
     data = TrainingData(run, groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
-    chunks = build_model(run, platform, groups)
-    install_precision(run, platform, chunks)
-    model = wrap_data_parallel(chunks, run, groups)
-    trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
-    configure_schedule(trainer)
+    trainer = build_trainer(run, platform, groups)
     store = CheckpointStore(run.run_dir)
     progress = _restore(trainer, data, store)
     if torch.distributed.get_rank() == 0:
@@ -113,8 +110,20 @@ def _callbacks(trainer: Trainer, data: TrainingData, store: CheckpointStore, pro
     def held_out_loss(event: StepEvent) -> tuple[float, ...]:
         return evaluate(trainer, held_out.batches(event.stage), event.stage)
 
+    observed = _precision_telemetry(trainer)
     return [
-        Recording(trainer.platform, writers),
+        *observed,
+        Recording(trainer.platform, writers, observed[0].records if observed else tuple),
         Validation(run, held_out_loss, writers),
         Checkpointing(run, save),
     ]
+
+
+def _precision_telemetry(trainer: Trainer) -> list[PrecisionTelemetry]:
+    """Empty where nothing is quantised or observed."""
+    run = trainer.run
+    if run.precision_every_steps is None or trainer.backend == "none":
+        return []
+    modules = {name: module for chunk in trainer.chunks for name, module in named_linears(chunk).items()}
+    observer = Observer(run.precision_plan, modules, trainer.platform.device)
+    return [PrecisionTelemetry(run.precision_every_steps, observer)]

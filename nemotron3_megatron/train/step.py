@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -18,6 +18,8 @@ from nemotron3_megatron.config.run import Run, Stage
 from nemotron3_megatron.data.batch import MicroBatch
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.precision.backend import Backend
+from nemotron3_megatron.train.graph import CapturedPasses
 from nemotron3_megatron.train.loss import LossWeights, loss_weights, mean_losses, weighted_loss
 from nemotron3_megatron.train.optimizer import Update, set_learning_rate, update
 
@@ -40,6 +42,10 @@ class Trainer:
     groups: ProcessGroupCollection
     model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    backend: Backend = "none"
+    """Of the precision plan."""
+    captured: CapturedPasses | None = None
+    """Runs forward and backward as a CUDA graph; None: kernel by kernel."""
 
     @property
     def chunks(self) -> list[Nemotron3Model]:
@@ -76,7 +82,7 @@ def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Sta
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    weights = _prepare(trainer, batches, stage)
+    weights = _weights(trainer, batches)
     sums = _run_schedule(trainer, batches, stage, weights, forward_only=False)
     return tuple(mean_losses(sums, weights))
 
@@ -87,7 +93,7 @@ def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], stage: Stage) -> t
     for chunk in trainer.model:
         chunk.eval()
     held_out = list(batches)
-    weights = _prepare(trainer, held_out, stage)
+    weights = _weights(trainer, held_out)
     sums = _run_schedule(trainer, held_out, stage, weights, forward_only=True)
     for chunk in trainer.model:
         chunk.train()
@@ -105,52 +111,97 @@ def configure_schedule(trainer: Trainer) -> None:
         config.param_sync_func = _one_or_list([m.start_param_sync for m in trainer.model])
 
 
-def _prepare(trainer: Trainer, batches: list[MicroBatch], stage: Stage) -> LossWeights:
-    """Weights of the step's losses, and the scale that keeps the router's balancing loss independent of masks.
-
-    Megatron-Core multiplies the balancing loss of each micro-batch by its token count and expects gradients to be
-    divided by all tokens of the batch; here they are divided by the tokens that carry loss.
-    """
-    weights = loss_weights(batches, trainer.run.model, [trainer.groups.dp_cp], trainer.platform.device)
-    tokens = stage.seq_length * stage.micro_batch_size * len(batches) * trainer.groups.dp.size()
-    scale = (weights.counts[0] / tokens).float()
-    trainer.chunks[0].config.moe_grad_scale_func = lambda: scale
-    return weights
+def _weights(trainer: Trainer, batches: list[MicroBatch]) -> LossWeights:
+    return loss_weights(batches, trainer.run.model, [trainer.groups.dp_cp], trainer.platform.device)
 
 
 def _run_schedule(
     trainer: Trainer, batches: list[MicroBatch], stage: Stage, weights: LossWeights, *, forward_only: bool
 ) -> Tensor:
     """Run all micro-batches; returns the losses summed over the global batch (1 + D,) on every rank."""
-    chunks = trainer.model
-    on_device = [batch.to(trainer.platform.device) for batch in batches]
-    iterators = [iter(on_device) for _ in chunks]
-    reports: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, weights=weights, isolated=trainer.run.data.isolate_documents),
-        data_iterator=_one_or_list(iterators),
-        model=_one_or_list(chunks),
-        num_microbatches=len(batches),
-        seq_length=stage.seq_length,
-        micro_batch_size=stage.micro_batch_size,
-        decoder_seq_length=stage.seq_length,
-        forward_only=forward_only,
-    )
-    sums = torch.stack(reports).sum(dim=0) if reports else torch.zeros_like(weights.scales)
+    inputs = [_model_inputs(trainer, batch) for batch in batches]
+    if trainer.captured is None or forward_only:
+        sums = _passes(trainer, inputs, stage, weights, forward_only=forward_only)
+    else:
+        sums = _captured_passes(trainer, trainer.captured, inputs, stage, weights)
     # Only the last pipeline stage has losses; zeros elsewhere.
     for group in (trainer.groups.dp_cp, trainer.groups.pp):
         torch.distributed.all_reduce(sums, group=group)
     return sums
 
 
+def _model_inputs(trainer: Trainer, batch: MicroBatch) -> ModelInputs:
+    isolated = trainer.run.data.isolate_documents
+    device = trainer.platform.device
+    boundaries = batch.boundaries().to(device) if isolated and trainer.groups.cp.size() == 1 else None
+    there = batch.to(device)
+    documents = there.documents if isolated else None
+    return ModelInputs(there.tokens, there.position_ids, there.labels, there.loss_mask, documents, boundaries)
+
+
+def _passes(
+    trainer: Trainer, inputs: list[ModelInputs], stage: Stage, weights: LossWeights, *, forward_only: bool
+) -> Tensor:
+    """Forward, and backward unless ``forward_only``, of this rank's micro-batches -> summed losses (1 + D,)."""
+    chunks = trainer.model
+    trainer.chunks[0].config.moe_grad_scale_func = lambda: weights.balancing
+    reports: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, weights=weights),
+        data_iterator=_one_or_list([iter(inputs) for _ in chunks]),
+        model=_one_or_list(chunks),
+        num_microbatches=len(inputs),
+        seq_length=stage.seq_length,
+        micro_batch_size=stage.micro_batch_size,
+        decoder_seq_length=stage.seq_length,
+        forward_only=forward_only,
+    )
+    return torch.stack(reports).sum(dim=0) if reports else torch.zeros_like(weights.scales)
+
+
+def _captured_passes(
+    trainer: Trainer, captured: CapturedPasses, inputs: list[ModelInputs], stage: Stage, weights: LossWeights
+) -> Tensor:
+    """The same as a CUDA graph, and gradients finalised after it: that decides by values, and reduces over ranks."""
+
+    def passes(tensors: list[Tensor]) -> Tensor:
+        scales, balancing, *rest = tensors
+        parts = iter(rest)
+        own = [ModelInputs._make(None if field is None else next(parts) for field in each) for each in inputs]
+        static = replace(weights, scales=scales, balancing=balancing)
+        return _passes(trainer, own, stage, static, forward_only=False)
+
+    tensors = [field for each in inputs for field in each if field is not None]
+    config = trainer.chunks[0].config
+    finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+    sums = captured(passes, [weights.scales, weights.balancing, *tensors]).clone()
+    config.finalize_model_grads_func = finalize
+    tokens = torch.stack([each.loss_mask[0].sum() for each in inputs]).sum().to(torch.int32)
+    finalize(trainer.model, tokens, pg_collection=trainer.groups)
+    return sums
+
+
+class ModelInputs(NamedTuple):
+    """A micro-batch on the device (``MicroBatch``), as the model and its loss read it."""
+
+    tokens: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    documents: Tensor | None
+    """None: not isolated."""
+    boundaries: Tensor | None
+
+
 def _forward_step(
-    iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, weights: LossWeights, isolated: bool
+    iterator: Iterator[ModelInputs], model: DistributedDataParallel, *, weights: LossWeights
 ) -> tuple[Tensor, Any]:
     batch = next(iterator)
     output = model(
         batch.tokens,
         batch.position_ids,
         labels=batch.labels,
-        documents=batch.documents if isolated else None,
+        documents=batch.documents,
+        boundaries=batch.boundaries,
     )
     return output, partial(weighted_loss, loss_mask=batch.loss_mask, weights=weights)
 

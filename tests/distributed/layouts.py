@@ -17,12 +17,12 @@ from tiny import EOD, GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, VOCABULARY, tiny_ru
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
-from nemotron3_megatron.model.builder import build_model, model_sharded_state
+from nemotron3_megatron.model.builder import model_sharded_state
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
-from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
-from nemotron3_megatron.train.step import Trainer, accumulate_gradients, configure_schedule, train_step
+from nemotron3_megatron.train.build import build_trainer
+from nemotron3_megatron.train.step import Trainer, accumulate_gradients, train_step
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 ValueOf = Callable[[torch.nn.Parameter], torch.Tensor]
@@ -36,10 +36,7 @@ def started(options: dict[str, Any], make_run: Callable[..., Run] = tiny_run) ->
     platform.start(int(os.environ["LOCAL_RANK"]))
     groups = start_groups(run, platform)
     try:
-        model = wrap_data_parallel(build_model(run, platform, groups), run, groups)
-        trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
-        configure_schedule(trainer)
-        yield trainer
+        yield build_trainer(run, platform, groups)
     finally:
         stop_groups()
 

@@ -136,5 +136,6 @@ def tiny_run(
         telemetry=TelemetryConfig(),
         log_every_steps=1,
         eval_every_steps=None,
+        precision_every_steps=None,
         origins=(),
     )

@@ -17,9 +17,16 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from nemotron3_megatron.model.local_experts import (
+    LocalColumnLinear,
+    LocalGroupedMLP,
+    LocalMoELayer,
+    LocalRowLinear,
+)
 from nemotron3_megatron.model.mixer import FusedMambaMixer
 from nemotron3_megatron.model.router import Float32Router
 from nemotron3_megatron.model.specs.stack import StackClasses, stack_spec
@@ -45,7 +52,9 @@ class DocumentTEAttention(TEDotProductAttention):  # type: ignore[misc]
             return plain
         length, batch = query.shape[:2]
         rows = [t.transpose(0, 1).reshape(batch * length, *t.shape[2:]) for t in (query, key, value)]
-        boundaries = _boundaries(packed_seq_params.seq_idx)
+        boundaries = packed_seq_params.cu_seqlens_q
+        if boundaries is None:
+            boundaries = _boundaries(packed_seq_params.seq_idx)
         params = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=boundaries,
@@ -67,10 +76,21 @@ def _boundaries(documents: Tensor) -> Tensor:
     return torch.cat([first, first.new_tensor([documents.numel()])])
 
 
-def te_stack_spec(chunk_size: int, num_experts: int) -> ModuleSpec:
-    """Spec of the hybrid stack; ``chunk_size`` is the Mamba-2 scan's, in tokens."""
+def te_stack_spec(chunk_size: int, num_experts: int, *, local_experts: bool) -> ModuleSpec:
+    """Spec of the hybrid stack.
+
+    Args:
+        chunk_size: the Mamba-2 scan's, in tokens.
+        num_experts: of each MoE layer.
+        local_experts: all experts of a layer are on every rank and unquantised (``model/local_experts.py``).
+    """
     moe = get_moe_module_spec(use_te=True, num_experts=num_experts, moe_grouped_gemm=True)
     submodules = replace(moe.keywords["submodules"], router=Float32Router)
+    layer = moe.func
+    if local_experts:
+        linears = GroupedMLPSubmodules(linear_fc1=LocalColumnLinear, linear_fc2=LocalRowLinear, activation_func=None)
+        submodules = replace(submodules, experts=partial(LocalGroupedMLP, submodules=linears))
+        layer = LocalMoELayer
     return stack_spec(
         StackClasses(
             stack=HybridStack,
@@ -80,7 +100,7 @@ def te_stack_spec(chunk_size: int, num_experts: int) -> ModuleSpec:
             row_linear=TERowParallelLinear,
             core_attention=DocumentTEAttention,
             mixer=FusedMambaMixer,
-            moe=partial(moe, submodules=submodules),
+            moe=partial(layer, submodules=submodules),
         ),
         chunk_size,
     )

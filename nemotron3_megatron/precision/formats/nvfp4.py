@@ -113,7 +113,7 @@ def block_scales(block_amax: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         block_amax: float32, any shape.
-        amax: () float32 of the whole tensor.
+        amax: float32 of the whole tensor, () or of a shape that broadcasts with ``block_amax``.
     """
     # A tensor as numerator: torch evaluates ``number / tensor`` as a product with the rounded reciprocal.
     tensor_scale = (torch.full_like(amax, E4M3_MAX * e2m1.MAX) / amax).clamp(max=FLOAT32_MAX)

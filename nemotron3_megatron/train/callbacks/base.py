@@ -45,6 +45,9 @@ class Callback:
     def started(self, progress: Progress) -> None:
         """Before the first step of this start."""
 
+    def before_step(self, step: int) -> None:
+        """Before each optimizer step; the first is 1."""
+
     def step_done(self, event: StepEvent) -> None:
         """After each optimizer step."""
 

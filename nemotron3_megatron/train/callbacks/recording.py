@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.platform import Platform
-from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry.records import EvalRecord, OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.throughput import tokens_per_second
 from nemotron3_megatron.telemetry.writers import Writer
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
@@ -20,9 +20,22 @@ Evaluate = Callable[[StepEvent], tuple[float, ...]]
 class Recording(Callback):
     """Turns step events into records; writers exist on rank 0 only."""
 
-    def __init__(self, platform: Platform, writers: Sequence[Writer]) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        writers: Sequence[Writer],
+        operands: Callable[[], tuple[OperandRecord, ...]] = tuple,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            platform: knows peak memory.
+            writers: of rank 0.
+            operands: what was sampled of quantised operands in the step that was just done.
+        """
         self._platform = platform
         self._writers = writers
+        self._operands = operands
 
     def step_done(self, event: StepEvent) -> None:
         if not self._writers:
@@ -43,6 +56,7 @@ class Recording(Callback):
             skipped=not update.applied,
             skip_reason=reason,
             peak_memory_gib=self._platform.peak_memory_bytes() / 2**30,
+            precision=self._operands(),
         )
         for writer in self._writers:
             writer.write(record)

@@ -123,6 +123,7 @@ def make_run(tmp_path: Path, make_stage: MakeStage) -> MakeRun:
             telemetry=TelemetryConfig(eval_batches=eval_batches),
             log_every_steps=1,
             eval_every_steps=None,
+            precision_every_steps=None,
             origins=(),
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemotron3_megatron.config import Run, compose, resolve
-from nemotron3_megatron.telemetry import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry import EvalRecord, OperandRecord, StepRecord
 
 TOKENS_PER_STEP = 4096
 
@@ -48,6 +48,38 @@ def step() -> Callable[..., StepRecord]:
         return dataclasses.replace(record, **changes)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def operands() -> tuple[OperandRecord, ...]:
+    """Two layers of a role with 10 % and 30 % of their gradient flushed, nothing elsewhere, and an MTP module."""
+
+    def make(layer: int | None, role: str, tensor: str, direction: str, flushed: float) -> OperandRecord:
+        leaf = "mixer.in_proj" if role == "mamba.in_proj" else "eh_proj"
+        return OperandRecord(
+            module=f"mtp.layers.0.{leaf}" if layer is None else f"decoder.layers.{layer}.{leaf}",
+            layer=layer,
+            role=role,
+            tensor=tensor,
+            direction=direction,
+            format="nvfp4",
+            flush_to_zero=flushed,
+            saturation=0.02,
+            relative_error=0.1 + flushed,
+            amax=3.5,
+            scale_min=0.25,
+            scale_max=448.0,
+            scale_zero=0.0,
+            scale_subnormal=0.01,
+        )
+
+    return (
+        make(0, "mamba.in_proj", "input", "rows", 0.0),
+        make(0, "mamba.in_proj", "gradient", "rows", 0.1),
+        make(0, "mamba.in_proj", "gradient", "columns", 0.05),
+        make(2, "mamba.in_proj", "gradient", "rows", 0.3),
+        make(None, "mtp.eh_proj", "weight", "rows", 0.0),
+    )
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from rich.console import Console as Terminal
 
 from nemotron3_megatron.config import Run
-from nemotron3_megatron.telemetry import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry import EvalRecord, OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.console import Console, eval_line, step_line
 
 Step = Callable[..., StepRecord]
@@ -29,6 +29,16 @@ def shown(run: Run, records: list[StepRecord], *, is_terminal: bool = False) -> 
 def test_the_line_holds_every_number(step: Step) -> None:
     line = step_line(step(120), 600, 192.0).plain
     assert line == ("step 120/600  20%  loss 3.2489  mtp 3.5489 3.8489  |g|  1.25  lr 1.00e-03  2.05k tok/s  eta 3m12s")
+
+
+def test_a_sampled_step_names_the_operand_that_loses_most(
+    run: Run, step: Step, operands: tuple[OperandRecord, ...]
+) -> None:
+    nan = dataclasses.replace(operands[0], flush_to_zero=math.nan)
+    lines = shown(run, [step(1, precision=(nan, *operands)), step(10), step(11, precision=operands)])
+    assert [line.split()[0] for line in lines] == ["step", "prec", "step"]  # the 11th is not due
+    assert "flush to zero at most 30.0%  gradient of decoder.layers.2.mixer.in_proj in nvfp4" in lines[1]
+    assert lines[1].index("flush") == lines[0].index("loss")
 
 
 def test_columns_are_aligned_over_a_run(step: Step) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron3_megatron.config.errors import UserError
-from nemotron3_megatron.telemetry import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry import EvalRecord, OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.jsonlines import METRICS, VALIDATION, JsonLines, read_evals, read_steps
 
 Step = Callable[..., StepRecord]
@@ -30,6 +30,20 @@ def record(run_dir: Path, numbers: range, resumed: int | None, step: Step, evalu
         if number % 2 == 0:
             writer.write_eval(evaluation(number))
     writer.close()
+
+
+def test_a_resumed_run_records_its_sampled_steps_once(
+    tmp_path: Path, step: Step, operands: tuple[OperandRecord, ...]
+) -> None:
+    for numbers, resumed in ((range(1, 8), None), (range(5, 11), 4)):
+        writer = JsonLines(tmp_path, resumed)
+        for number in numbers:
+            writer.write(step(number, precision=operands if number % 3 == 0 else ()))
+        writer.close()
+    found = read_steps(tmp_path)
+    assert len((tmp_path / METRICS).read_text().splitlines()) == len(found) == 10
+    assert [record.step for record in found if record.precision] == [3, 6, 9]
+    assert all(record.precision in ((), operands) for record in found)
 
 
 def test_a_resumed_run_leaves_the_files_of_an_undisturbed_one(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron3_megatron.telemetry import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry import EvalRecord, OperandRecord, StepRecord
 
 _numbers = st.floats(allow_nan=False, allow_infinity=False)
+_operands = st.builds(
+    OperandRecord,
+    layer=st.none() | st.integers(0),
+    **{name: st.text() for name in ("module", "role", "tensor", "direction", "format")},
+    **{name: _numbers for name in ("flush_to_zero", "saturation", "relative_error", "amax")},
+    **{name: _numbers for name in ("scale_min", "scale_max", "scale_zero", "scale_subnormal")},
+)
 _steps = st.builds(
     StepRecord,
     step=st.integers(1),
@@ -26,6 +35,7 @@ _steps = st.builds(
     skipped=st.booleans(),
     skip_reason=st.text(),
     peak_memory_gib=st.none() | _numbers,
+    precision=st.lists(_operands, max_size=3).map(tuple),
 )
 _evals = st.builds(
     EvalRecord,
@@ -58,6 +68,29 @@ def test_numbers_json_cannot_hold_are_null(bad: float) -> None:
     assert math.isnan(again.validation_loss)
     assert math.isnan(again.mtp_losses[0])
     assert again.mtp_losses[1] == 1.0
+
+
+def test_operands_stand_in_the_object_of_their_step_only(
+    step: Callable[..., StepRecord], operands: tuple[OperandRecord, ...]
+) -> None:
+    assert "precision" not in json.loads(step(1).to_json())
+    found = json.loads(step(1, precision=operands).to_json())["precision"]
+    assert [operand["flush_to_zero"] for operand in found] == [0.0, 0.1, 0.05, 0.3, 0.0]
+    assert found[4]["layer"] is None
+
+
+def test_operands_that_are_not_finite_are_null(
+    step: Callable[..., StepRecord], operands: tuple[OperandRecord, ...]
+) -> None:
+    bad = dataclasses.replace(operands[4], amax=math.inf, scale_min=math.nan)
+    text = step(1, precision=(bad,)).to_json()
+
+    (found,) = json.loads(text, parse_constant=pytest.fail)["precision"]
+    assert (found["amax"], found["scale_min"], found["scale_max"]) == (None, None, 448.0)
+    (again,) = StepRecord.from_json(text).precision
+    assert math.isnan(again.amax)
+    assert math.isnan(again.scale_min)
+    assert again.layer is None
 
 
 def test_a_newer_version_s_keys_are_passed_over() -> None:

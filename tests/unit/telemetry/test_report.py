@@ -20,7 +20,7 @@ from nemotron3_megatron.config import Run
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import SourceConfig
 from nemotron3_megatron.config.serialize import to_json
-from nemotron3_megatron.telemetry import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry import EvalRecord, OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.curves import draw_loss_curve, smoothed
 from nemotron3_megatron.telemetry.jsonlines import JsonLines
 from nemotron3_megatron.telemetry.report import read_findings, report_main, summary
@@ -123,6 +123,24 @@ def test_the_page_is_self_contained_and_complete(run_dir: Path) -> None:
     assert not {"script", "link", "iframe"} & found.tags
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     assert {"validation loss", "<2>", "cpu & co", "telemetry.wandb", "command line", "50", "100"} <= set(found.cells)
+
+
+def test_sampled_operands_are_drawn_and_summed_up(
+    run_dir: Path, step: Step, operands: tuple[OperandRecord, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = JsonLines(run_dir, 100)
+    writer.write(step(101, precision=operands))
+    writer.close()
+    report_main([f"run_dir={run_dir}"])
+    found = _Page()
+    found.feed((run_dir / "report.html").read_text())
+    assert len(found.links) == 3
+    assert "Quantisation" in found.cells
+    assert "at most 30.0% (gradient of decoder.layers.2.mixer.in_proj)" in found.cells
+    written = capsys.readouterr().out
+    for name in ("precision_history.png", "precision_statistics.png"):
+        assert f"wrote {run_dir / name}" in written
+        assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_terminal_shows_curves_and_results(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

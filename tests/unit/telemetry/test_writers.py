@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemotron3_megatron.config import Run
-from nemotron3_megatron.telemetry import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry import EvalRecord, OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.console import Console
 from nemotron3_megatron.telemetry.jsonlines import JsonLines, read_steps
 from nemotron3_megatron.telemetry.tensorboard import TensorBoard
@@ -38,6 +38,17 @@ def test_tensorboard_events_read_back(tmp_path: Path, step: Step, evaluation: Ev
     assert curve(tmp_path, "train/loss") == [(n, pytest.approx(step(n).loss, rel=2**-23)) for n in (1, 2)]
     assert curve(tmp_path, "train/mtp_2_loss")[0] == (1, pytest.approx(step(1).mtp_losses[1], rel=2**-23))
     assert curve(tmp_path, "validation/loss") == [(2, pytest.approx(evaluation(2).validation_loss, rel=2**-23))]
+
+
+def test_tensorboard_shows_operands_by_role(tmp_path: Path, step: Step, operands: tuple[OperandRecord, ...]) -> None:
+    writer = TensorBoard(tmp_path, None)
+    for number in (1, 2, 3):
+        writer.write(step(number, precision=operands if number == 2 else ()))
+    writer.close()
+    flushed = "precision/flush_to_zero/mamba.in_proj"
+    assert curve(tmp_path, f"{flushed}/gradient") == [(2, pytest.approx((0.1 + 0.3) / 2, rel=2**-23))]
+    assert curve(tmp_path, f"{flushed}/gradient_columns") == [(2, pytest.approx(0.05, rel=2**-23))]
+    assert curve(tmp_path, "precision/relative_error/mtp.eh_proj/weight") == [(2, pytest.approx(0.1, rel=2**-23))]
 
 
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path, step: Step) -> None:

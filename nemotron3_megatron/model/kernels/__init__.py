@@ -1,0 +1,1 @@
+"""Triton kernels of the model: CUDA only, imported where they are used."""

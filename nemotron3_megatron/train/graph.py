@@ -1,0 +1,116 @@
+"""Forward and backward of a global batch as one CUDA graph.
+
+A step of a model slice is some thousand kernels of 50 microseconds; Python and its launches take as long again, and
+the GPU waits. A graph is launched once. It holds addresses, so inputs are copied into tensors of its own, and whatever
+decides by values on the CPU stays outside: counting tokens, reducing gradients, the update.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.model.builder import chosen_spec, has_local_experts
+from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.platform.base import Spec
+from nemotron3_megatron.precision.backend import Backend
+
+_log = logging.getLogger(__name__)
+
+EAGER_STEPS = 2
+"""Before the capture: kernels are tuned, buffers made and lazy imports done by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Capture:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    output: Tensor
+
+
+class CapturedPasses:
+    """Runs a function of tensors, from the third call on as a CUDA graph."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._captures: dict[tuple[torch.Size, ...], _Capture] = {}
+        """By the shapes of the inputs; they share one memory pool, since no two run at a time."""
+
+    def __call__(self, passes: Callable[[list[Tensor]], Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """``passes(inputs)``; always the same function.
+
+        Args:
+            passes: works on the GPU only, and puts all else that it changes into tensors that outlive the call.
+            inputs: on the GPU.
+
+        Returns:
+            Its result, which the next call overwrites.
+        """
+        self._calls += 1
+        if self._calls <= EAGER_STEPS:
+            return passes(list(inputs))
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if shapes not in self._captures:
+            self._captures[shapes] = self._capture(passes, inputs)
+        capture = self._captures[shapes]
+        torch._foreach_copy_(capture.inputs, list(inputs))
+        capture.graph.replay()
+        return capture.output
+
+    def _capture(self, passes: Callable[[list[Tensor]], Tensor], inputs: Sequence[Tensor]) -> _Capture:
+        own = [tensor.clone() for tensor in inputs]
+        graph = torch.cuda.CUDAGraph()
+        pool = next((capture.graph.pool() for capture in self._captures.values()), None)
+        torch.cuda.synchronize()
+        # NCCL's watchdog thread may ask for events meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            output = passes(own)
+        return _Capture(graph, own, output)
+
+
+def graph_obstacle(run: Run, spec: Spec, backend: Backend, *, local_experts: bool) -> str | None:
+    """Why a run's passes cannot be captured, or None."""
+    layout, parallel = run.layout, run.parallel
+    has_experts = "E" in run.model.pattern + run.model.mtp_pattern
+    obstacles = {
+        "the torch spec counts experts' tokens on the CPU": spec != "te",
+        "token counts of experts on several ranks, or quantised, are needed on the CPU": has_experts
+        and not local_experts,
+        "pipeline stages wait for each other": layout.pp > 1,
+        "collectives of tensor and context parallel ranks are not captured": layout.tp > 1 or layout.cp > 1,
+        "overlapped reduction of gradients starts collectives inside the backward pass": parallel.overlap_grad_reduce,
+        "parameters are gathered inside the forward pass": parallel.overlap_param_gather,
+        "emulated rounding draws its random numbers from the CPU": backend == "emulated",
+        "what quantisation loses is observed from Python (telemetry.precision_every)": backend != "none"
+        and run.precision_every_steps is not None,
+        "stages differ in their shapes": len({(s.seq_length, s.micro_batch_size) for s in run.stages}) > 1,
+    }
+    return next((why for why, holds in obstacles.items() if holds), None)
+
+
+def captured_passes(run: Run, platform: Platform, backend: Backend) -> CapturedPasses | None:
+    """What ``parallel.cuda_graph`` means for this run on this machine; None: no graph.
+
+    Raises:
+        UserError: a graph was asked for and is impossible.
+    """
+    wanted = run.parallel.cuda_graph
+    if wanted == "none":
+        return None
+    spec = chosen_spec(run.model, platform)
+    obstacle = graph_obstacle(run, spec, backend, local_experts=has_local_experts(run))
+    if platform.name == "cpu":
+        obstacle = "there is no GPU"
+    if obstacle is None:
+        return CapturedPasses()
+    if wanted == "passes":
+        raise UserError("parallel.cuda_graph=passes", why=obstacle, nearest="parallel.cuda_graph=auto")
+    if platform.name == "cuda" and torch.distributed.get_rank() == 0:
+        _log.info("no CUDA graph: %s", obstacle)
+    return None
