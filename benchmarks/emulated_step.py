@@ -2,8 +2,8 @@
 
     python benchmarks/emulated_step.py [--policies bf16,nemotron3_nvfp4] [--steps 10] [--json]
 
-Each policy is built, warmed up,
-timed and dropped, twice over, so that drift of the GPU's clocks shows; the figure is the median of both turns. Routing
+Each policy is built, warmed up
+and timed in a process of its own, twice over, so that drift of the GPU's clocks shows; the figure is the median of both turns. Routing
 is what fresh weights give; tokens are random.
 """
 
@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from slices import random_batches, slice_run, world_of_one
+from slices import in_fresh_process, open_gpu, random_batches, slice_run
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.parallel.groups import start_groups
 from nemotron3_megatron.plan.counts import count_parameters
-from nemotron3_megatron.platform import Platform, select
 from nemotron3_megatron.train.build import build_trainer
 from nemotron3_megatron.train.step import train_step
 
@@ -40,42 +39,42 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
     parser.add_argument("overrides", nargs="*", help="further recipe overrides of every policy")
     options = parser.parse_args()
-    platform = select("cuda")
-    platform.start(local_rank=0)
     policies = options.policies.split(",")
     runs = {name: slice_run(options.slice, [f"precision={name}", *options.overrides]) for name in policies}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in policies}
     for _ in range(TURNS):
         for name, run in runs.items():
-            turns[name].append(_time(run, platform, options.steps))
+            turns[name].append(in_fresh_process(_time, run, options.steps))
     results = {name: _summary(measured, turns[policies[0]]) for name, measured in turns.items()}
     if options.json:
-        print(json.dumps({"device": torch.cuda.get_device_name(), "policies": results}, indent=2))
+        print(json.dumps(results, indent=2))
     else:
         _show(runs[policies[0]], results)
 
 
-def _time(run: Run, platform: Platform, steps: int) -> dict[str, Any]:
+def _time(run: Run, steps: int) -> dict[str, Any]:
     """Seconds of each timed step, the backend in force, the last loss and the peak memory."""
     started = time.perf_counter()
     seconds: list[float] = []
-    loss = float("nan")
-    with world_of_one(platform):
-        torch.cuda.reset_peak_memory_stats()
-        trainer = build_trainer(run, platform, start_groups(run, platform))
-        backend = trainer.backend
-        for step in range(WARMUP_STEPS + steps):
-            batches = random_batches(run, step)
-            platform.synchronize()
-            begin = time.perf_counter()
-            loss = train_step(trainer, batches, run.stages[0], 1e-4).losses[0]
-            platform.synchronize()
-            seconds.append(time.perf_counter() - begin)
-            if step == 0:
-                first = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        del trainer
-    return {"seconds": seconds[WARMUP_STEPS:], "first_s": first, "backend": backend, "loss": loss, "peak_gib": peak}
+    platform = open_gpu()
+    trainer = build_trainer(run, platform, start_groups(run, platform))
+    for step in range(WARMUP_STEPS + steps):
+        batches = random_batches(run, step)
+        platform.synchronize()
+        begin = time.perf_counter()
+        loss = train_step(trainer, batches, run.stages[0], 1e-4).losses[0]
+        platform.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        if step == 0:
+            first = time.perf_counter() - started
+    return {
+        "device": torch.cuda.get_device_name(),
+        "seconds": seconds[WARMUP_STEPS:],
+        "first_s": first,
+        "backend": trainer.backend,
+        "loss": loss,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
 
 def _summary(turns: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,6 +82,7 @@ def _summary(turns: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[st
         return statistics.median(second for turn in measured for second in turn["seconds"])
 
     return {
+        "device": turns[0]["device"],
         "backend": turns[0]["backend"],
         "step_ms": 1e3 * median(turns),
         "turns_ms": [1e3 * statistics.median(turn["seconds"]) for turn in turns],
@@ -95,7 +95,8 @@ def _summary(turns: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[st
 
 def _show(run: Run, results: dict[str, dict[str, Any]]) -> None:
     parameters = count_parameters(run.model).total / 1e9
-    table = Table(title=f"{torch.cuda.get_device_name()}, {run.model.pattern}, {parameters:.2f} B parameters")
+    device = next(iter(results.values()))["device"]
+    table = Table(title=f"{device}, {run.model.pattern}, {parameters:.2f} B parameters")
     for column in ("policy", "backend", "step ms", "each turn ms", "first s", "over first", "loss", "peak GiB"):
         table.add_column(column)
     for name, result in results.items():

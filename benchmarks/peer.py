@@ -39,7 +39,7 @@ STOCK: dict[str, object] = {
 
 
 class Peer:
-    """Model, optimizer and step; inside ``slices.world_of_one``."""
+    """Model, optimizer and step; after ``slices.open_gpu``."""
 
     def __init__(self, run: Run) -> None:
         """Build for ``run``'s architecture, batch and optimizer settings."""

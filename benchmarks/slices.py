@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from nemotron3_megatron.config import compose, resolve
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
-from nemotron3_megatron.parallel.groups import stop_groups
-from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.platform import Platform, select
+
+Result = TypeVar("Result")
 
 _ONE_STAGE = ("stages.phase1.global_batch_size=2", "stages.phase2.global_batch_size=2", "parallel=single")
 SLICES: dict[str, tuple[str, ...]] = {
@@ -52,20 +54,16 @@ def random_batches(run: Run, step: int) -> list[MicroBatch]:
     ]
 
 
-@contextmanager
-def world_of_one(platform: Platform) -> Iterator[None]:
-    """A process group of this process alone, and an empty GPU afterwards."""
-    # A rendezvous of its own: a port cannot be used twice in one process.
+def in_fresh_process(function: Callable[..., Result], *args: object) -> Result:
+    """``function(*args)`` in a process of its own: a trainer leaves memory and Megatron-Core's globals behind."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+def open_gpu() -> Platform:
+    """The first GPU, in a world of this process alone."""
+    platform = select("cuda")
+    platform.start(local_rank=0)
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group(platform.collective_backend, store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        stop_groups()
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-        # Shaped by whoever set it first, for the whole process.
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
-        gc.collect()
-        if platform.name == "cuda":
-            torch.cuda.empty_cache()
+    return platform

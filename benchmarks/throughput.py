@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py [--slices nano,super] [--steps 10] [--json] [--profile DIR]
 
-Each case is built, warmed up, timed and dropped, twice over (ours, peer, ours, peer). MFU is measured against the
+Each case is built, warmed up and timed in a process of its own, twice over (ours, peer, ours, peer). MFU is measured against the
 matmul rate of this GPU, taken in the same run. ``--profile`` writes the kernels of one step by time, and how long the
 GPU had nothing to do.
 """
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from slices import SLICES, random_batches, slice_run, world_of_one
+from slices import SLICES, in_fresh_process, open_gpu, random_batches, slice_run
 from torch.profiler import ProfilerActivity, profile
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch
 from nemotron3_megatron.parallel.groups import start_groups
 from nemotron3_megatron.plan.counts import flops_per_token
-from nemotron3_megatron.platform import Platform, select
+from nemotron3_megatron.platform import Platform
 from nemotron3_megatron.train.build import build_trainer
 from nemotron3_megatron.train.step import train_step
 
@@ -48,9 +48,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="folder for the kernels of one step")
     parser.add_argument("overrides", nargs="*", help="further recipe overrides")
     options = parser.parse_args()
-    platform = select("cuda")
-    platform.start(local_rank=0)
-    peak = matmul_rate()
+    device, peak = in_fresh_process(matmul_rate)
     results = {}
     for name in options.slices.split(","):
         run = slice_run(name, options.overrides)
@@ -58,16 +56,17 @@ def main() -> None:
         for turn in range(options.turns):
             for loop, measured in turns.items():
                 folder = options.profile if turn == 0 else None
-                measured.append(_time(run, loop, platform, options.steps, folder and folder / f"{name}_{loop}.txt"))
+                report = folder and folder / f"{name}_{loop}.txt"
+                measured.append(in_fresh_process(_time, run, loop, options.steps, report))
         results[name] = {loop: _summary(run, measured, peak) for loop, measured in turns.items()}
     if options.json:
-        print(json.dumps({"device": torch.cuda.get_device_name(), "matmul_flops": peak, "slices": results}, indent=2))
+        print(json.dumps({"device": device, "matmul_flops": peak, "slices": results}, indent=2))
     else:
-        _show(results, peak)
+        _show(results, device, peak)
 
 
-def matmul_rate(size: int = 8192) -> float:
-    """FLOP/s of a BF16 matmul, best of several batches."""
+def matmul_rate(size: int = 8192) -> tuple[str, float]:
+    """The GPU's name, and FLOP/s of a BF16 matmul, best of several batches."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     best = float("inf")
     for _ in range(5):
@@ -78,7 +77,7 @@ def matmul_rate(size: int = 8192) -> float:
         end.record()
         end.synchronize()
         best = min(best, start.elapsed_time(end) / 10)
-    return 2 * size**3 / (best * 1e-3)
+    return torch.cuda.get_device_name(), 2 * size**3 / (best * 1e-3)
 
 
 def _step_of(loop: str, run: Run, platform: Platform) -> Step:
@@ -90,25 +89,23 @@ def _step_of(loop: str, run: Run, platform: Platform) -> Step:
     return lambda batches: train_step(trainer, batches, run.stages[0], 1e-4).losses[0]
 
 
-def _time(run: Run, loop: str, platform: Platform, steps: int, report: Path | None) -> dict[str, Any]:
+def _time(run: Run, loop: str, steps: int, report: Path | None) -> dict[str, Any]:
     started = time.perf_counter()
     seconds: list[float] = []
-    with world_of_one(platform):
-        torch.cuda.reset_peak_memory_stats()
-        step = _step_of(loop, run, platform)
-        for number in range(WARMUP_STEPS + steps):
-            batches = random_batches(run, number)
-            platform.synchronize()
-            begin = time.perf_counter()
-            loss = step(batches)
-            platform.synchronize()
-            seconds.append(time.perf_counter() - begin)
-            if number == 0:
-                first = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        if report is not None:
-            _profile(step, random_batches(run, 99), platform, report)
-        del step
+    platform = open_gpu()
+    step = _step_of(loop, run, platform)
+    for number in range(WARMUP_STEPS + steps):
+        batches = random_batches(run, number)
+        platform.synchronize()
+        begin = time.perf_counter()
+        loss = step(batches)
+        platform.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        if number == 0:
+            first = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    if report is not None:
+        _profile(step, random_batches(run, 99), platform, report)
     return {"seconds": seconds[WARMUP_STEPS:], "first_s": first, "loss": loss, "peak_gib": peak}
 
 
@@ -154,8 +151,8 @@ def _summary(run: Run, turns: list[dict[str, Any]], peak: float) -> dict[str, An
     }
 
 
-def _show(results: dict[str, dict[str, dict[str, Any]]], peak: float) -> None:
-    title = f"{torch.cuda.get_device_name()}, BF16 matmul {peak / 1e12:.0f} TFLOP/s"
+def _show(results: dict[str, dict[str, dict[str, Any]]], device: str, peak: float) -> None:
+    title = f"{device}, BF16 matmul {peak / 1e12:.0f} TFLOP/s"
     table = Table(title=title)
     for column in (
         "slice",

@@ -17,22 +17,30 @@ from nemotron3_megatron.model.initialize import initialize
 from nemotron3_megatron.model.transformer_config import transformer_config
 from nemotron3_megatron.platform import Platform
 from nemotron3_megatron.platform.base import Spec
+from nemotron3_megatron.precision.backend import Backend
+from nemotron3_megatron.precision.lowering.recipes import model_fields
 
 FLOAT32_PARAMETERS = ("mixer.A_log", "mixer.D", "mixer.dt_bias", "router.weight")
 """Kept in FP32 in a BF16 model: Mamba-2's recurrence is exponential in them, and routing decides on small gaps."""
 
 
-def build_model(run: Run, platform: Platform, groups: ProcessGroupCollection) -> list[Nemotron3Model]:
+def build_model(
+    run: Run, platform: Platform, groups: ProcessGroupCollection, backend: Backend = "none"
+) -> list[Nemotron3Model]:
     """Build and initialise this rank's model, one module for each virtual pipeline chunk.
 
     Args:
         run: architecture, layout, precision and seed.
         platform: device and kernels.
         groups: process groups of the layout (``parallel.start_groups``).
+        backend: that the precision plan will be installed with (``precision.install``); none: it will not be.
     """
     implementation = chosen_spec(run.model, platform)
     check_supported(run, platform, implementation)
-    config = transformer_config(run, platform.megatron_flags(implementation))
+    flags = platform.megatron_flags(implementation)
+    if implementation == "te" and backend != "none":
+        flags |= model_fields(run.precision_plan, backend)
+    config = transformer_config(run, flags)
     spec = stack_spec(run, implementation)
     chunks = []
     for vp_stage in range(run.layout.vpp):
@@ -50,6 +58,7 @@ def build_model(run: Run, platform: Platform, groups: ProcessGroupCollection) ->
             pg_collection=groups,
             vp_stage=stage,
         )
+        _let_repeated_layers_add_up(chunk)
         _keep_float32(chunk)
         chunk.to(platform.device)
         _initialize(chunk, run, groups)
@@ -105,6 +114,18 @@ def has_local_experts(run: Run) -> bool:
 def model_sharded_state(chunk: Nemotron3Model, groups: ProcessGroupCollection) -> ShardedStateDict:
     """The chunk's tensors with their global names and offsets: the basis of checkpoints and initialisation."""
     return chunk.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp, "singleton_local_shards": False})
+
+
+def _let_repeated_layers_add_up(chunk: Nemotron3Model) -> None:
+    """Transformer Engine's linears write the first micro-batch's gradient over ``main_grad`` and add later ones.
+
+    In an MTP block that all depths share, the first depth's backward pass comes last and would wipe out the others'.
+    Without weights kept between micro-batches they always add.
+    """
+    if chunk.config.mtp_use_repeated_layer and hasattr(chunk, "mtp"):
+        for module in chunk.mtp.modules():
+            if hasattr(module, "disable_parameter_transpose_cache"):
+                module.disable_parameter_transpose_cache = True
 
 
 def _keep_float32(chunk: nn.Module) -> None:

@@ -31,6 +31,10 @@ class Platform(Protocol):
     def default_spec(self) -> Spec:
         """Fastest module implementation whose packages are installed."""
 
+    @property
+    def peak_flops(self) -> float | None:
+        """BF16 operations a second of this rank's device, as published, without sparsity; None where unknown."""
+
     def start(self, local_rank: int) -> None:
         """Claim this rank's share of the node; call once, before process groups and tensors exist.
 

@@ -31,6 +31,11 @@ class CpuPlatform:
         """The CPU."""
         return torch.device("cpu")
 
+    @property
+    def peak_flops(self) -> None:
+        """Unknown: CPUs are not compared by it."""
+        return
+
     def start(self, local_rank: int) -> None:
         """One thread a rank unless OMP_NUM_THREADS says otherwise.
 

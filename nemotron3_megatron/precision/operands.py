@@ -28,6 +28,11 @@ class Operand:
     hadamard: int | None = None
     """Size of the Hadamard transform along the reduction dimension, applied before quantising; None: none."""
 
+    @property
+    def is_square(self) -> bool:
+        """Whether blocks are as high as wide: quantised once, they serve both directions."""
+        return self.block is not None and self.block[0] == self.block[1]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gemms:

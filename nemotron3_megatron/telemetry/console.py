@@ -78,6 +78,12 @@ def step_line(record: StepRecord, total_steps: int, eta_s: float | None, *, with
     line.append("  |g| ", "dim").append(f"{record.grad_norm:5.{'0e' if record.grad_norm >= 100 else '2f'}}")
     line.append("  lr ", "dim").append(f"{record.lr:.2e}")
     line.append(f"  {format_count(record.tokens_per_s):>5}").append(" tok/s", "dim")
+    if record.model_tflops is not None:
+        line.append(f"  {record.model_tflops:.0f}").append(" TFLOP/s", "dim")
+    if record.mfu is not None:
+        line.append(f"  {record.mfu:.1%}").append(" MFU", "dim")
+    if record.precision_backend != "none":
+        line.append(f"  {record.precision_backend}", "magenta" if record.precision_backend == "emulated" else "green")
     line.append("  eta ", "dim").append(format_duration(eta_s), "cyan")
     if record.skipped:
         line.append(f"  update refused: {record.skip_reason or 'no reason given'}", "bold red")

@@ -77,6 +77,12 @@ class StepRecord:
     """The update was refused (non-finite gradients, spike policy); weights did not move."""
     skip_reason: str = ""
     peak_memory_gib: float | None = None
+    model_tflops: float | None = None
+    """10^12 operations of the model's own arithmetic (``plan.counts``) a second, per rank; None on a CPU."""
+    mfu: float | None = None
+    """``model_tflops`` over the GPU's BF16 peak without sparsity, whatever formats are in force; None if unknown."""
+    precision_backend: str = "none"
+    """``native`` or ``emulated`` where the precision plan quantises something."""
     precision: tuple[OperandRecord, ...] = ()
     """Of quantised operands; empty in steps that were not sampled."""
 

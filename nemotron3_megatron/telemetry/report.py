@@ -135,7 +135,7 @@ def summary(findings: Findings) -> list[tuple[str, str]]:
         ("tokens", format_count(steps[-1].tokens)),
         ("parameters", f"{format_count(counts.total)} ({format_count(counts.active)} active, {counts.mtp:,} MTP)"),
         ("layout", layout_text(run.layout)),
-        ("precision", f"{run.precision.name} ({run.precision.dtype})"),
+        ("precision", f"{run.precision.name} ({run.precision.dtype}{_backend(steps[-1])})"),
         ("throughput", f"{format_count(median(steady))} tokens/s (median)"),
         ("time in steps", format_duration(sum(record.step_time_s for record in steps))),
     ]
@@ -206,3 +206,7 @@ def _sections(findings: Findings) -> list[Section]:
 
 def _loss(nats: float) -> str:
     return f"{nats:.4f} (perplexity {math.exp(nats):.1f})" if nats < 20 else f"{nats:.4f}"
+
+
+def _backend(record: StepRecord) -> str:
+    return "" if record.precision_backend == "none" else f", {record.precision_backend}"

@@ -7,7 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.model.builder import build_model
 from nemotron3_megatron.platform import Platform
-from nemotron3_megatron.precision.install import install_precision
+from nemotron3_megatron.precision.install import backend_of, install_precision
 from nemotron3_megatron.train.graph import captured_passes
 from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
 from nemotron3_megatron.train.step import Trainer, configure_schedule
@@ -19,8 +19,9 @@ def build_trainer(run: Run, platform: Platform, groups: ProcessGroupCollection) 
     Raises:
         UserError: this device or module spec cannot do what the recipe asks for.
     """
-    chunks = build_model(run, platform, groups)
-    backend = install_precision(run, platform, chunks)
+    backend = backend_of(run, platform)
+    chunks = build_model(run, platform, groups, backend)
+    install_precision(run, platform, chunks, backend)
     captured = captured_passes(run, platform, backend)
     model = wrap_data_parallel(chunks, run, groups)
     trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups), backend, captured)

@@ -54,7 +54,7 @@ def train(run: Run) -> int:
     store = CheckpointStore(run.run_dir)
     progress = _restore(trainer, data, store)
     if torch.distributed.get_rank() == 0:
-        write_run_record(run, platform)
+        write_run_record(run, platform, trainer.backend)
     stop = run_steps(trainer, data, progress, [preemption, *_callbacks(trainer, data, store, progress)])
     data.close()
     # Not after an error: other ranks may be waiting in a collective that will never come.
@@ -113,7 +113,13 @@ def _callbacks(trainer: Trainer, data: TrainingData, store: CheckpointStore, pro
     observed = _precision_telemetry(trainer)
     return [
         *observed,
-        Recording(trainer.platform, writers, observed[0].records if observed else tuple),
+        Recording(
+            run,
+            trainer.platform,
+            writers,
+            backend=trainer.backend,
+            operands=observed[0].records if observed else tuple,
+        ),
         Validation(run, held_out_loss, writers),
         Checkpointing(run, save),
     ]

@@ -30,38 +30,48 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def names(options: dict[str, Any]) -> list[list[tuple[str, list[int]]]]:
-    """For each chunk of this rank: canonical names, and the shape of the first weight under each."""
-    run = tiny_run(int(os.environ["WORLD_SIZE"]), **options)
-    platform = select(run.device)
-    platform.start(int(os.environ["LOCAL_RANK"]))
-    groups = start_groups(run, platform)
-    try:
-        chunks = build_model(run, platform, groups)
-        return [
-            [(name, list(next(iter(m.parameters())).shape)) for name, m in named_linears(chunk).items()]
-            for chunk in chunks
-        ]
-    finally:
-        stop_groups()
+def names(worlds: dict[str, dict[str, Any]]) -> dict[str, list[list[str]]]:
+    """For each layout: canonical names in each chunk of this rank."""
+    port = int(os.environ["MASTER_PORT"])
+    found = {}
+    for offset, (layout, options) in enumerate(worlds.items()):
+        os.environ["MASTER_PORT"] = str(port + offset)
+        run = tiny_run(int(os.environ["WORLD_SIZE"]), **options)
+        platform = select(run.device)
+        platform.start(int(os.environ["LOCAL_RANK"]))
+        groups = start_groups(run, platform)
+        try:
+            found[layout] = [list(named_linears(chunk)) for chunk in build_model(run, platform, groups)]
+        finally:
+            stop_groups()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[list[list[str]]]]:
+    """For each layout: names by rank and chunk."""
+    results: dict[str, list[list[list[str]]]] = {}
+    for nproc in sorted({size for size, _ in LAYOUTS.values()}):
+        worlds = {layout: options for layout, (size, options) in LAYOUTS.items() if size == nproc}
+        ranks = run_ranks(names, nproc, worlds=worlds)
+        results |= {layout: [rank[layout] for rank in ranks] for layout in worlds}
+    return results
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_linear_of_the_plan_is_on_one_stage(layout: str) -> None:
+def test_each_linear_of_the_plan_is_on_one_stage(layout: str, found: dict[str, list[list[list[str]]]]) -> None:
     nproc, options = LAYOUTS[layout]
-    ranks = run_ranks(names, nproc, options=options)
-    found = [name for rank in ranks for chunk in rank for name, _ in chunk]
+    built = [name for rank in found[layout] for chunk in rank for name in chunk]
     expected = [module.name for module in linear_modules(tiny_run(nproc, **options).model)]
-    assert sorted(found) == sorted(expected)
+    assert sorted(built) == sorted(expected)
     if options.get("vpp", 1) == 1:
-        assert found == expected, "not in the order of the forward pass"
+        assert built == expected, "not in the order of the forward pass"
 
 
-def test_interleaved_stages_hold_the_layers_of_their_pattern() -> None:
-    nproc, options = LAYOUTS["pp2_vpp2"]
-    layers = [[_layers(chunk) for chunk in rank] for rank in run_ranks(names, nproc, options=options)]
+def test_interleaved_stages_hold_the_layers_of_their_pattern(found: dict[str, list[list[list[str]]]]) -> None:
+    layers = [[_layers(chunk) for chunk in rank] for rank in found["pp2_vpp2"]]
     assert layers == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
-def _layers(chunk: list[tuple[str, list[int]]]) -> list[int]:
-    return sorted({int(name.split(".")[2]) for name, _ in chunk if name.startswith("decoder.")})
+def _layers(chunk: list[str]) -> list[int]:
+    return sorted({int(name.split(".")[2]) for name in chunk if name.startswith("decoder.")})

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron3_megatron.precision.emulation.read import Read, read
-from nemotron3_megatron.precision.operands import Gemms, Operand
+from nemotron3_megatron.precision.emulation.read import Read, read, segment_offsets
+from nemotron3_megatron.precision.operands import Gemms
 
 
 class EmulatedGemm:
@@ -84,7 +84,7 @@ class _Product(torch.autograd.Function):
         trains: bool,
         *weights: Tensor,
     ) -> Tensor:
-        offsets = None if counts is None else _offsets(counts, x.device)
+        offsets = None if counts is None else segment_offsets(counts, x.device)
         rows, columns = read(x, gemms.fprop[0], gemms.wgrad[1] if trains else None, offsets=offsets)
         forward, backward = _read_weights(weights, gemms)
         assert rows is not None
@@ -99,7 +99,7 @@ class _Product(torch.autograd.Function):
         dy = gradients[0].contiguous()
         gemms, counts = ctx.gemms, ctx.counts
         columns, weights = _saved(ctx)
-        offsets = None if counts is None else _offsets(counts, dy.device)
+        offsets = None if counts is None else segment_offsets(counts, dy.device)
         dy_rows, dy_columns = read(
             dy,
             gemms.dgrad[0] if ctx.needs_input_grad[0] else None,
@@ -118,22 +118,14 @@ class _Product(torch.autograd.Function):
         return dx, None, None, None, None, *dw
 
 
-def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device, non_blocking=True)
-
-
 def _read_weights(weights: Sequence[Tensor], gemms: Gemms) -> tuple[Read, Read]:
     """The experts' weights, one below the other, as fprop and as dgrad read them."""
     whole = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
-    offsets = None if len(weights) == 1 else _offsets([weight.shape[0] for weight in weights], whole.device)
+    offsets = None if len(weights) == 1 else segment_offsets([weight.shape[0] for weight in weights], whole.device)
     forward, backward = gemms.fprop[1], gemms.dgrad[1]
-    rows, columns = read(whole, forward, None if _is_square(forward) else backward, offsets=offsets)
+    rows, columns = read(whole, forward, None if forward.is_square else backward, offsets=offsets)
     assert rows is not None
     return rows, columns or rows
-
-
-def _is_square(operand: Operand) -> bool:
-    return operand.block is not None and operand.block[0] == operand.block[1]
 
 
 def _by_expert(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -57,3 +59,15 @@ def read(
     else:
         from nemotron3_megatron.precision.emulation.reference import read as implementation
     return implementation(x, rows, columns, offsets=offsets, generator=generator, fold=fold)
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The device's own generator, whose state checkpoints hold."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
+
+
+def segment_offsets(counts: Sequence[int], device: torch.device) -> Tensor:
+    """``offsets`` of segments of ``counts`` rows."""
+    return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device, non_blocking=True)

@@ -26,7 +26,8 @@ def named_linears(chunk: nn.Module) -> dict[str, nn.Module]:
     """
     linears: dict[str, nn.Module] = {}
     for layer in chunk.get_submodule("decoder.layers").children():
-        linears |= _in_layer(layer, f"decoder.layers.{layer.layer_number - 1}")
+        number: int = layer.layer_number  # type: ignore[assignment]
+        linears |= _in_layer(layer, f"decoder.layers.{number - 1}")
     for depth, block in enumerate(_mtp_blocks(chunk)):
         stem = f"mtp.layers.{depth}"
         linears[f"{stem}.eh_proj"] = block.get_submodule("eh_proj")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nemotron3_megatron.model.layers import GroupedLinear
 from nemotron3_megatron.precision.emulation.gemm import EmulatedGemm, EmulatedGroupedGemm
 from nemotron3_megatron.precision.lowering.names import named_linears
 from nemotron3_megatron.precision.operands import Gemms
 from nemotron3_megatron.precision.plan import PrecisionPlan
+from nemotron3_megatron.precision.selftest import Linear
 
 
 def lower(plan: PrecisionPlan, chunks: Iterable[nn.Module], generator: torch.Generator) -> None:
@@ -28,6 +29,19 @@ def lower(plan: PrecisionPlan, chunks: Iterable[nn.Module], generator: torch.Gen
             if rows[name].format != "bf16":
                 gemm = EmulatedGroupedGemm if isinstance(module, GroupedLinear) else EmulatedGemm
                 module.gemm = gemm(rows[name].gemms, generator)  # type: ignore[assignment]
+
+
+def trial(gemms: Gemms, generator: torch.Generator) -> Linear:
+    """A linear of this backend, for the self-test."""
+    product = EmulatedGemm(gemms, generator)
+
+    def run(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
+        y = product(*leaves)
+        dx, dw = torch.autograd.grad(y, leaves, dy)
+        return y.detach(), dx, dw
+
+    return run
 
 
 def installed_gemms(module: nn.Module) -> Gemms | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.config.run import Run, Stage
+from nemotron3_megatron.plan.counts import flops_per_token
 from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.precision.backend import Backend
 from nemotron3_megatron.telemetry.records import EvalRecord, OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.throughput import tokens_per_second
 from nemotron3_megatron.telemetry.writers import Writer
@@ -22,18 +24,25 @@ class Recording(Callback):
 
     def __init__(
         self,
+        run: Run,
         platform: Platform,
         writers: Sequence[Writer],
+        *,
+        backend: Backend = "none",
         operands: Callable[[], tuple[OperandRecord, ...]] = tuple,
     ) -> None:
         """Prepare.
 
         Args:
-            platform: knows peak memory.
+            run: gives the model's arithmetic.
+            platform: knows peak memory and the device's peak.
             writers: of rank 0.
+            backend: of the precision plan.
             operands: what was sampled of quantised operands in the step that was just done.
         """
+        self._run = run
         self._platform = platform
+        self._backend = backend
         self._writers = writers
         self._operands = operands
 
@@ -43,6 +52,9 @@ class Recording(Callback):
         main, *depths = event.result.losses
         update = event.result.update
         reason = "" if update.applied else f"non-finite gradients in {_first_few(update.non_finite)}"
+        rate = tokens_per_second(event.stage.tokens_per_step, event.step_time_s)
+        flops = self._flops(event.stage, rate)
+        peak = self._platform.peak_flops
         record = StepRecord(
             step=event.step,
             tokens=event.tokens,
@@ -51,11 +63,14 @@ class Recording(Callback):
             mtp_losses=tuple(depths),
             grad_norm=update.grad_norm,
             lr=event.lr,
-            tokens_per_s=tokens_per_second(event.stage.tokens_per_step, event.step_time_s),
+            tokens_per_s=rate,
             step_time_s=event.step_time_s,
             skipped=not update.applied,
             skip_reason=reason,
             peak_memory_gib=self._platform.peak_memory_bytes() / 2**30,
+            model_tflops=flops and flops / 1e12,
+            mfu=flops and peak and flops / peak,
+            precision_backend=self._backend,
             precision=self._operands(),
         )
         for writer in self._writers:
@@ -64,6 +79,12 @@ class Recording(Callback):
     def finished(self, progress: Progress, stop: Stop | None) -> None:
         for writer in self._writers:
             writer.close()
+
+    def _flops(self, stage: Stage, tokens_per_s: float) -> float | None:
+        """Floating-point operations of the model in a second, per rank; None on a CPU, where nobody compares them."""
+        if self._platform.name == "cpu":
+            return None
+        return tokens_per_s * flops_per_token(self._run.model, stage.seq_length) / self._run.layout.world_size
 
 
 class Validation(Callback):

@@ -110,7 +110,7 @@ def test_every_rank_validates_and_only_writers_write() -> None:
 
 def test_recording(tmp_path: Path) -> None:
     run = tiny()
-    drive(Recording(select("cpu"), [JsonLines(tmp_path, None)]), run, 0, 2)
+    drive(Recording(run, select("cpu"), [JsonLines(tmp_path, None)]), run, 0, 2)
     first, second = read_steps(tmp_path)
     assert (first.step, first.loss, first.mtp_losses, first.grad_norm) == (1, 5.0, (5.0, 6.0), 1.5)
     assert second.tokens == 2 * 16 * 256
@@ -122,7 +122,7 @@ def test_recording(tmp_path: Path) -> None:
 def test_recording_a_refused_update(tmp_path: Path) -> None:
     run = tiny()
     refused = Update(False, float("nan"), tuple(f"layer{i}.weight" for i in range(7)))
-    drive(Recording(select("cpu"), [JsonLines(tmp_path, None)]), run, 0, 1, update=refused)
+    drive(Recording(run, select("cpu"), [JsonLines(tmp_path, None)]), run, 0, 1, update=refused)
     (record,) = read_steps(tmp_path)
     assert record.skipped
     assert record.skip_reason.startswith("non-finite gradients in layer0.weight, ")

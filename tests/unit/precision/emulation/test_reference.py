@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,8 +97,8 @@ def test_segments_are_quantised_apart(operand: Operand) -> None:
     bounds = [0, 64, 64, 96, 160]
     segments = torch.tensor(bounds, dtype=torch.int32)
     rows, columns = (None, operand) if operand.hadamard else (operand, None)
-    together = [part for part in read(x, rows, columns, offsets=segments) if part is not None][0]
-    apart = [read(x[a:b], rows, columns) for a, b in zip(bounds, bounds[1:], strict=False)]
+    together = next(part for part in read(x, rows, columns, offsets=segments) if part is not None)
+    apart = [read(x[a:b], rows, columns) for a, b in pairwise(bounds)]
     parts = [part for pair in apart for part in pair if part is not None]
     assert torch.equal(together.values, torch.cat([part.values for part in parts]))
     if operand.format == "nvfp4":
