@@ -2,9 +2,8 @@
 
     python benchmarks/emulated_step.py [--policies bf16,nemotron3_nvfp4] [--steps 10] [--json]
 
-Each policy is built, warmed up
-and timed in a process of its own, twice over, so that drift of the GPU's clocks shows; the figure is the median of both turns. Routing
-is what fresh weights give; tokens are random.
+Each policy is built, warmed up and timed in a process of its own, twice over, so that drift of the GPU's clocks shows;
+the figure is the median of both turns. Routing is what fresh weights give; tokens are random.
 """
 
 from __future__ import annotations

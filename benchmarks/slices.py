@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
 
 import torch
 
@@ -13,8 +12,6 @@ from nemotron3_megatron.config import compose, resolve
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
 from nemotron3_megatron.platform import Platform, select
-
-Result = TypeVar("Result")
 
 _ONE_STAGE = ("stages.phase1.global_batch_size=2", "stages.phase2.global_batch_size=2", "parallel=single")
 SLICES: dict[str, tuple[str, ...]] = {
@@ -54,7 +51,7 @@ def random_batches(run: Run, step: int) -> list[MicroBatch]:
     ]
 
 
-def in_fresh_process(function: Callable[..., Result], *args: object) -> Result:
+def in_fresh_process[Result](function: Callable[..., Result], *args: object) -> Result:
     """``function(*args)`` in a process of its own: a trainer leaves memory and Megatron-Core's globals behind."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()

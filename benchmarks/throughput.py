@@ -2,9 +2,9 @@
 
     python benchmarks/throughput.py [--slices nano,super] [--steps 10] [--json] [--profile DIR]
 
-Each case is built, warmed up and timed in a process of its own, twice over (ours, peer, ours, peer). MFU is measured against the
-matmul rate of this GPU, taken in the same run. ``--profile`` writes the kernels of one step by time, and how long the
-GPU had nothing to do.
+Each case is built, warmed up and timed in a process of its own, twice over (ours, peer, ours, peer). MFU is measured
+against the matmul rate of this GPU, taken in the same run. ``--profile`` writes the kernels of one step by time, and
+how long the GPU had nothing to do.
 """
 
 from __future__ import annotations
