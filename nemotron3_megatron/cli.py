@@ -78,6 +78,7 @@ def _plan(overrides: list[str], as_json: bool) -> int:
 
     from nemotron3_megatron.config import compose, resolve
     from nemotron3_megatron.plan import report
+    from nemotron3_megatron.plan.memory_table import write_memory_chart
 
     recipe, origins = compose(overrides)
     run = resolve(recipe, recipe.world_size or 1, origins)
@@ -86,7 +87,7 @@ def _plan(overrides: list[str], as_json: bool) -> int:
     else:
         report.show(run, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
     sys.stdout.flush()
-    sys.stderr.write(report.write_map(run) + "\n")
+    sys.stderr.write(f"{report.write_map(run)}\n{write_memory_chart(run)}\n")
     return 0
 
 
@@ -117,8 +118,8 @@ VERBS = {
     "plan": Verb(
         _plan,
         "print the resolved run: origin of each value, layers, precision, parameters, layout, schedule; starts nothing",
-        "nemotron3 plan recipe=NAME [world_size=N] [key=value ...] [--json]\n"
-        "Draws which layer computes in which format, too: run_dir/precision_map.png.\n"
+        "nemotron3 plan recipe=NAME [world_size=N] [gpu=h200] [key=value ...] [--json]\n"
+        "Draws which layer computes in which format and what fills a GPU: run_dir/precision_map.png, memory.png.\n"
         "world_size defaults to the recipe's. The keys are those of train.py (see train.py --help).",
         has_json=True,
     ),

@@ -12,6 +12,9 @@ from typing import Literal
 from nemotron3_megatron.config.duration import EACH_STEP, EVERY_100_STEPS, NO_TOKENS, Duration
 from nemotron3_megatron.precision.policy import Format, Policy
 
+GpuName = Literal["h100", "h200", "b200", "b300", "gb200", "gb300"]
+"""GPUs whose limits planning knows (``plan.hardware``)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -199,4 +202,6 @@ class Recipe:
     """Stop after this many optimizer steps in all, whatever the stages say."""
     world_size: int | None = None
     """For planning; training takes it from torchrun."""
+    gpu: GpuName | None = None
+    """For planning's estimate of time. None: h100 for a model all in BF16, gb200 for one with quantised GEMMs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -52,6 +52,7 @@ def resolve(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> 
         log_every_steps=telemetry.log_every.in_steps(per_step),
         eval_every_steps=_interval(telemetry.eval_every, per_step),
         precision_every_steps=_interval(telemetry.precision_every, per_step),
+        gpu=recipe.gpu,
         origins=tuple(origin for origin in origins if origin.value != origin.default),
     )
 

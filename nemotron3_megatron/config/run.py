@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from nemotron3_megatron.config.recipe import (
     CheckpointConfig,
     DataConfig,
+    GpuName,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -105,6 +106,8 @@ class Run:
     log_every_steps: int
     eval_every_steps: int | None
     precision_every_steps: int | None
+    gpu: GpuName | None = None
+    """As the recipe says; of effect in planning only."""
     origins: tuple[Origin, ...]
 
     @property

@@ -41,7 +41,7 @@ def build_model(
     if implementation == "te" and backend != "none":
         flags |= model_fields(run.precision_plan, backend)
     config = transformer_config(run, flags)
-    spec = stack_spec(run, implementation)
+    spec = stack_spec(run, implementation, backend)
     chunks = []
     for vp_stage in range(run.layout.vpp):
         stage = vp_stage if run.layout.vpp > 1 else None
@@ -91,24 +91,28 @@ def check_supported(run: Run, platform: Platform, implementation: Spec) -> None:
         )
 
 
-def stack_spec(run: Run, implementation: Spec) -> ModuleSpec:
+def stack_spec(run: Run, implementation: Spec, backend: Backend) -> ModuleSpec:
     """The hybrid stack in the given implementation (imported on demand: ``te`` needs its packages)."""
     model = run.model
     if implementation == "te":
         from nemotron3_megatron.model.specs.te import te_stack_spec
 
-        return te_stack_spec(model.mamba_chunk_size, model.num_moe_experts, local_experts=has_local_experts(run))
+        local = has_local_experts(run, backend)
+        return te_stack_spec(model.mamba_chunk_size, model.num_moe_experts, local_experts=local)
     from nemotron3_megatron.model.specs.torch import torch_stack_spec
 
     return torch_stack_spec(model.mamba_chunk_size)
 
 
-def has_local_experts(run: Run) -> bool:
-    """Whether the te spec's experts can do without token counts on the CPU (``model/local_experts.py``)."""
+def has_local_experts(run: Run, backend: Backend) -> bool:
+    """Whether the te spec's experts can do without token counts on the CPU (``model/local_experts.py``).
+
+    Native kernels take them from there.
+    """
     quantised = any(row.format != "bf16" for row in run.precision_plan.rows if row.role.startswith("moe.experts"))
     alone = run.layout.ep == run.layout.etp == run.layout.tp == 1
     plain = run.parallel.moe_token_dispatcher_type == "alltoall" and "moe_act" not in run.parallel.recompute_modules
-    return alone and plain and not quantised and run.precision.dtype == "bf16"
+    return alone and plain and run.precision.dtype == "bf16" and (not quantised or backend == "emulated")
 
 
 def model_sharded_state(chunk: Nemotron3Model, groups: ProcessGroupCollection) -> ShardedStateDict:

@@ -63,8 +63,11 @@ class LocalGroupedMLP(TEGroupedMLP):  # type: ignore[misc]
         return output, None
 
 
-class _LocalGroupedLinear:
-    """``forward`` of both grouped linears."""
+class LocalGroupedLinear:
+    """``forward`` of both grouped linears (in emulation ``EmulatedLocalForward`` takes its place)."""
+
+    takes_ends = True
+    """Cumulative counts, where Megatron-Core's linears take counts."""
 
     def forward(self: Any, x: Tensor, ends: Tensor) -> tuple[Tensor, None]:
         """Rows (T, K) and the cumulative counts (E,) int32 -> (T, N)."""
@@ -73,11 +76,11 @@ class _LocalGroupedLinear:
         return y, None
 
 
-class LocalColumnLinear(_LocalGroupedLinear, TEColumnParallelGroupedLinear):  # type: ignore[misc]
+class LocalColumnLinear(LocalGroupedLinear, TEColumnParallelGroupedLinear):  # type: ignore[misc]
     """Experts' first linear."""
 
 
-class LocalRowLinear(_LocalGroupedLinear, TERowParallelGroupedLinear):  # type: ignore[misc]
+class LocalRowLinear(LocalGroupedLinear, TERowParallelGroupedLinear):  # type: ignore[misc]
     """Experts' second linear."""
 
 

@@ -27,7 +27,7 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, *, fused: bool) -> Te
 
     main_grad: Tensor = weight.main_grad  # type: ignore[attr-defined]
     general_gemm(x, dy, out_dtype=torch.float32, layout="NT", out=main_grad, accumulate=True, grad=True)
-    return _placeholder(weight)
+    return placeholder(weight)
 
 
 def add_weight_gradients(gradients: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]:
@@ -38,13 +38,14 @@ def add_weight_gradients(gradients: Sequence[Tensor], weights: Sequence[Any]) ->
     """
     for gradient, weight in zip(gradients, weights, strict=True):
         weight.main_grad.add_(gradient)
-    return [_placeholder(weight) for weight in weights]
+    return [placeholder(weight) for weight in weights]
 
 
-def _placeholder(weight: Any) -> Tensor:
+def placeholder(weight: Any) -> Tensor:
+    """What autograd wants for a weight whose ``main_grad`` holds the gradient; DDP ignores it by the mark left."""
     from transformer_engine.pytorch.module.base import get_dummy_wgrad
 
     weight.grad_added_to_main_grad = True
     zero = getattr(weight, "zero_out_wgrad", False)
-    placeholder: Tensor = get_dummy_wgrad(list(weight.main_grad.shape), weight.dtype, zero=zero)
-    return placeholder
+    dummy: Tensor = get_dummy_wgrad(list(weight.main_grad.shape), weight.dtype, zero=zero)
+    return dummy

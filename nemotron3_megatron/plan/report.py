@@ -13,9 +13,17 @@ from rich.table import Table
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.plan.counts import Counts, Layer, count_parameters, flops_per_token
+from nemotron3_megatron.plan.memory_table import memory_data, memory_tables
 from nemotron3_megatron.plan.precision_shares import format_shares
 from nemotron3_megatron.plan.precision_table import notes, precision_table, shares_table
 from nemotron3_megatron.plan.tables import new_table
+from nemotron3_megatron.plan.time_table import (
+    communication_data,
+    communication_table,
+    flops_data,
+    time_data,
+    time_table,
+)
 
 
 def as_json(run: Run) -> str:
@@ -35,6 +43,10 @@ def as_json(run: Run) -> str:
         "tokens_per_step": first.tokens_per_step,
         "steps": run.total_steps,
         "flops_per_token": flops_per_token(run.model, first.seq_length),
+        "flops": flops_data(run),
+        "communication_bytes": communication_data(run),
+        "time": time_data(run),
+        "memory_gib": memory_data(run),
         "origins": [asdict(origin) for origin in run.origins],
     }
     return json.dumps(plan, indent=2)
@@ -51,7 +63,14 @@ def show(run: Run, console: Console) -> None:
     for note in notes(run):
         console.print(f"  {note}", style="dim", highlight=False)
     console.print()
-    for table in (_layout(run), _schedule(run), _origins(run)):
+    for table in (
+        _layout(run),
+        _schedule(run),
+        *memory_tables(run),
+        communication_table(run),
+        time_table(run),
+        _origins(run),
+    ):
         console.print(table)
 
 

@@ -120,7 +120,7 @@ class Observer:
         if not y.requires_grad or self._seen[name] == self._calls:
             return
         self._seen[name] += 1
-        counts = args[1] if is_grouped(module) else None
+        counts = token_counts(module, args)
         group = _amax_group(module)
         self._observe(name, "input", _parts(gemm_input(module, args[0]), counts), group.get("input"))
         if self._seen[name] == 1:
@@ -158,6 +158,17 @@ def reads(gemms: Gemms) -> list[tuple[Operand, Along]]:
 def is_grouped(module: nn.Module) -> bool:
     """Whether it holds the experts of a layer, here and in Transformer Engine."""
     return hasattr(module, "num_gemms")
+
+
+def token_counts(module: nn.Module, args: tuple[Any, ...]) -> Sequence[int] | Tensor | None:
+    """Each expert's tokens in a call of a grouped linear; None of another module."""
+    if not is_grouped(module):
+        return None
+    counts: Sequence[int] | Tensor = args[1]
+    if getattr(module, "takes_ends", False):
+        ends = torch.as_tensor(counts)
+        return ends.diff(prepend=ends.new_zeros(1))
+    return counts
 
 
 def gemm_input(module: nn.Module, x: Tensor) -> Tensor:

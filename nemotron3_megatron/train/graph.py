@@ -80,7 +80,7 @@ def graph_obstacle(run: Run, spec: Spec, backend: Backend, *, local_experts: boo
     has_experts = "E" in run.model.pattern + run.model.mtp_pattern
     obstacles = {
         "the torch spec counts experts' tokens on the CPU": spec != "te",
-        "token counts of experts on several ranks, or quantised, are needed on the CPU": has_experts
+        "token counts of experts on several ranks, or quantised natively, are needed on the CPU": has_experts
         and not local_experts,
         "pipeline stages wait for each other": layout.pp > 1,
         "collectives of tensor and context parallel ranks are not captured": layout.tp > 1 or layout.cp > 1,
@@ -104,7 +104,7 @@ def captured_passes(run: Run, platform: Platform, backend: Backend) -> CapturedP
     if wanted == "none":
         return None
     spec = chosen_spec(run.model, platform)
-    obstacle = graph_obstacle(run, spec, backend, local_experts=has_local_experts(run))
+    obstacle = graph_obstacle(run, spec, backend, local_experts=has_local_experts(run, backend))
     if platform.name == "cpu":
         obstacle = "there is no GPU"
     if obstacle is None:

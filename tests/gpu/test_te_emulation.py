@@ -94,15 +94,16 @@ def test_norm_and_linear(te: ModuleType, number_format: Format) -> None:
 COUNTS = [70, 0, 256, 1, 33]
 
 
-def experts(te: ModuleType, operands: Gemms, *, fused: bool) -> Any:
-    from nemotron3_megatron.precision.emulation.te_grouped import EmulatedGroupedForward
+def experts(te: ModuleType, operands: Gemms, *, fused: bool, local: bool = False) -> Any:
+    """Quantised experts; ``local``: they take cumulative counts on the GPU."""
+    from nemotron3_megatron.precision.emulation.te_grouped import EmulatedGroupedForward, EmulatedLocalForward
 
     module = te.GroupedLinear(
         len(COUNTS), INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, fuse_wgrad_accumulation=fused
     )
     # As Megatron-Core's subclass has them.
     module.is_first_microbatch, module.disable_parameter_transpose_cache = True, False
-    module.forward = EmulatedGroupedForward(module, operands)
+    module.forward = (EmulatedLocalForward if local else EmulatedGroupedForward)(module, operands)
     return module
 
 
@@ -134,14 +135,35 @@ def test_experts(te: ModuleType, number_format: Format, options: Nvfp4) -> None:
     check((y, x.grad, torch.stack([weight.grad for weight in module.parameters()])), expected)
 
 
-def test_experts_add_weight_gradients_into_the_buffer(te: ModuleType) -> None:
-    module = experts(te, gemms("nvfp4", NEAREST), fused=True)
+@pytest.mark.parametrize(("number_format", "options"), VARIANTS)
+def test_local_experts_never_wait_for_the_gpu(te: ModuleType, number_format: Format, options: Nvfp4) -> None:
+    module = experts(te, gemms(number_format, options), fused=False, local=True)
+    x, dy = tensor(sum(COUNTS), INPUTS, outliers=True).requires_grad_(), tensor(sum(COUNTS), OUTPUTS)
+    ends = torch.tensor(COUNTS, device="cuda").cumsum(0).int()
+    module(x, ends)[0].backward(dy)  # compiles the kernels
+    x.grad = None
+    module.zero_grad(set_to_none=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, _ = module(x, ends)
+        y.backward(dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    weights = [weight.detach() for weight in module.parameters()]
+    expected = expert_products(x.detach(), weights, dy, number_format, options)
+    check((y, x.grad, torch.stack([weight.grad for weight in module.parameters()])), expected)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_experts_add_weight_gradients_into_the_buffer(te: ModuleType, local: bool) -> None:
+    module = experts(te, gemms("nvfp4", NEAREST), fused=True, local=local)
+    counts = torch.tensor(COUNTS, device="cuda").cumsum(0).int() if local else COUNTS
     for weight in module.parameters():
         weight.main_grad = torch.ones(weight.shape, device="cuda")
         weight.grad_added_to_main_grad = False
     x, dy = tensor(sum(COUNTS), INPUTS), tensor(sum(COUNTS), OUTPUTS)
     for _ in range(2):
-        y, _ = module(x, COUNTS)
+        y, _ = module(x, counts)
         y.backward(dy)
     weights = [weight.detach() for weight in module.parameters()]
     _, _, dw = expert_products(x, weights, dy, "nvfp4", NEAREST)

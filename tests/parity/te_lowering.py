@@ -10,8 +10,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -28,8 +29,18 @@ TESTS = Path(__file__).parents[1]
 
 
 @contextmanager
-def lowered(options: dict[str, Any], backend: Backend, policy: str) -> Iterator[tuple[Any, Any]]:
-    """The plan of a policy, and a trainer whose model is lowered to it."""
+def lowered(
+    options: dict[str, Any], backend: Backend, policy: str, *, local_experts: bool = False, fused: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """The plan of a policy, and a trainer whose model is lowered to it.
+
+    Args:
+        options: of ``blocky_run``.
+        backend: of the plan; a plan without quantised modules is not lowered.
+        policy: YAML.
+        local_experts: those of ``model/local_experts.py``.
+        fused: weight gradients are added to ``main_grad`` by the linears themselves.
+    """
     _import_te(backend)
     import layouts
     from emulation import blocky_run
@@ -46,16 +57,20 @@ def lowered(options: dict[str, Any], backend: Backend, policy: str) -> Iterator[
         parse_policy(yaml.safe_load(policy)), make_run(int(os.environ["WORLD_SIZE"]), **options).model
     )
 
+    quantised = any(row.format != "bf16" for row in plan.rows)
+    te_flags = {"transformer_impl": "transformer_engine", "gradient_accumulation_fusion": fused}
+    te_flags |= model_fields(plan, backend) if quantised else {}
+
     @dataclass(frozen=True, slots=True)
     class TePlatform(CpuPlatform):
         def megatron_flags(self, spec: Any = None) -> dict[str, object]:
-            flags = CpuPlatform.megatron_flags(self, "torch")
-            return flags | {"transformer_impl": "transformer_engine"} | model_fields(plan, backend)
+            return CpuPlatform.megatron_flags(self, "torch") | te_flags
 
     _set(layouts, select=lambda device: TePlatform())
-    _set(builder, stack_spec=lambda run, implementation: _stack(run.model))
+    _set(builder, stack_spec=lambda run, *_: _stack(run.model, local_experts=local_experts))
     with layouts.started(options, make_run) as trainer:
-        lower(plan, trainer.chunks, backend)
+        if quantised:
+            lower(plan, trainer.chunks, backend)
         yield plan, trainer
 
 
@@ -74,18 +89,16 @@ def _set(module: ModuleType, **names: Any) -> None:
     vars(module).update(names)
 
 
-def _stack(model: Any) -> Any:
+def _stack(model: Any, *, local_experts: bool) -> Any:
     from megatron.core.extensions import transformer_engine as te
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 
     from nemotron3_megatron.model.attention import DocumentAttention
     from nemotron3_megatron.model.hybrid import TorchHybridStack
     from nemotron3_megatron.model.layers import RMSNorm
     from nemotron3_megatron.model.mixer import TorchMambaMixer
-    from nemotron3_megatron.model.router import Float32Router
     from nemotron3_megatron.model.specs.stack import StackClasses, stack_spec
+    from nemotron3_megatron.model.specs.te import expert_layer
 
-    moe = get_moe_module_spec(use_te=True, num_experts=model.num_moe_experts, moe_grouped_gemm=True)
     classes = StackClasses(
         stack=TorchHybridStack,
         norm=RMSNorm,
@@ -94,7 +107,7 @@ def _stack(model: Any) -> Any:
         row_linear=te.TERowParallelLinear,
         core_attention=DocumentAttention,
         mixer=TorchMambaMixer,
-        moe=partial(moe, submodules=replace(moe.keywords["submodules"], router=Float32Router)),
+        moe=expert_layer(model.num_moe_experts, local_experts=local_experts),
     )
     return stack_spec(classes, model.mamba_chunk_size)
 
@@ -166,7 +179,9 @@ def _listed(operand: dict[str, Any]) -> dict[str, Any]:
 def emulated(options: dict[str, Any], policy: str) -> Recorded:
     """For each module: relative errors of Y, dX and dW of one micro-batch against the float64 recomputation that the
     torch spec is held to (tests/distributed/emulation.py), and the operands TE's own objects hold afterwards."""
-    with lowered(options, "emulated", policy) as (plan, trainer):
+    local_experts = "local_experts" in options
+    options = {name: value for name, value in options.items() if name != "local_experts"}
+    with lowered(options, "emulated", policy, local_experts=local_experts) as (plan, trainer):
         import emulation
         import layouts
         from megatron.core.extensions import transformer_engine as te
@@ -203,6 +218,9 @@ def emulated(options: dict[str, Any], policy: str) -> Recorded:
         for call in calls.values():
             call.watch()
         accumulate_gradients(trainer, layouts.batches(trainer, 0)[:1], trainer.run.stages[0])
+        if local_experts:
+            for call in calls.values():
+                call.counts = [[b - a for a, b in pairwise([0, *ends])] for ends in call.counts]
         rows = {row.module: row for row in plan.rows}
         return {
             name: [

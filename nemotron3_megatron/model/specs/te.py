@@ -82,15 +82,8 @@ def te_stack_spec(chunk_size: int, num_experts: int, *, local_experts: bool) -> 
     Args:
         chunk_size: the Mamba-2 scan's, in tokens.
         num_experts: of each MoE layer.
-        local_experts: all experts of a layer are on every rank and unquantised (``model/local_experts.py``).
+        local_experts: see :func:`expert_layer`.
     """
-    moe = get_moe_module_spec(use_te=True, num_experts=num_experts, moe_grouped_gemm=True)
-    submodules = replace(moe.keywords["submodules"], router=Float32Router)
-    layer = moe.func
-    if local_experts:
-        linears = GroupedMLPSubmodules(linear_fc1=LocalColumnLinear, linear_fc2=LocalRowLinear, activation_func=None)
-        submodules = replace(submodules, experts=partial(LocalGroupedMLP, submodules=linears))
-        layer = LocalMoELayer
     return stack_spec(
         StackClasses(
             stack=HybridStack,
@@ -100,7 +93,22 @@ def te_stack_spec(chunk_size: int, num_experts: int, *, local_experts: bool) -> 
             row_linear=TERowParallelLinear,
             core_attention=DocumentTEAttention,
             mixer=FusedMambaMixer,
-            moe=partial(layer, submodules=submodules),
+            moe=expert_layer(num_experts, local_experts=local_experts),
         ),
         chunk_size,
     )
+
+
+def expert_layer(num_experts: int, *, local_experts: bool) -> partial[Any]:
+    """The MoE layer's class with its submodules.
+
+    Args:
+        num_experts: of each layer.
+        local_experts: all experts of a layer are on every rank (``model/local_experts.py``).
+    """
+    moe = get_moe_module_spec(use_te=True, num_experts=num_experts, moe_grouped_gemm=True)
+    submodules = replace(moe.keywords["submodules"], router=Float32Router)
+    if not local_experts:
+        return partial(moe.func, submodules=submodules)
+    linears = GroupedMLPSubmodules(linear_fc1=LocalColumnLinear, linear_fc2=LocalRowLinear, activation_func=None)
+    return partial(LocalMoELayer, submodules=replace(submodules, experts=partial(LocalGroupedMLP, submodules=linears)))

@@ -1,4 +1,4 @@
-"""Experts' grouped linear with emulated operands around Transformer Engine's grouped BF16 GEMM.
+"""Experts' grouped linear with emulated operands around a grouped BF16 GEMM.
 
 Transformer Engine quantises each expert's tensors apart, one call for each of five operands and every expert. Here one
 call serves all experts of an operand (segments of :func:`nemotron3_megatron.precision.emulation.read.read`).
@@ -16,32 +16,59 @@ from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from torch import Tensor, nn
 from transformer_engine.pytorch import Fp8Padding, Fp8Unpadding
 from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
-from transformer_engine.pytorch.module.base import get_dummy_wgrad
 
+from nemotron3_megatron.model.wgrad import placeholder
+from nemotron3_megatron.precision.emulation.grouped import Weights, grouped_product, read_weights
 from nemotron3_megatron.precision.emulation.read import default_generator, read, segment_offsets
 from nemotron3_megatron.precision.operands import Gemms
 
-Weights = tuple[Tensor, Tensor]
-"""All experts' weights (E * N, K), as fprop and as dgrad read them."""
 
-
-class EmulatedGroupedForward:
-    """Takes the place of a ``TEGroupedLinear``'s ``forward``."""
+class EmulatedExperts:
+    """What takes the place of a grouped linear's ``forward``: operands, and weights kept between micro-batches."""
 
     def __init__(self, module: TEGroupedLinear, gemms: Gemms) -> None:
         """Args: the module whose parameters and flags are used, and the operands of its GEMMs."""
-        block = gemms.wgrad[0].block
-        assert block is not None
         self.gemms = gemms
         self._module = module
+        self._weights: Weights | None = None
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [self._module.get_parameter(f"weight{i}") for i in range(self._module.num_gemms)]
+
+    def _read_weights(self, parameters: Sequence[nn.Parameter]) -> Weights:
+        """Quantised at a step's first micro-batch, as Transformer Engine's modules do."""
+        module = self._module
+        if self._weights is None or module.is_first_microbatch or module.disable_parameter_transpose_cache:
+            self._weights = read_weights(parameters, self.gemms)
+        module.is_first_microbatch = False
+        return self._weights
+
+
+class EmulatedLocalForward(EmulatedExperts):
+    """For experts that are all on this rank (``model/local_experts.py``): counts stay on the GPU."""
+
+    def __call__(self, x: Tensor, ends: Tensor) -> tuple[Tensor, None]:
+        """x (T, K), rows sorted by expert, and cumulative counts (E,) int32 -> ((T, N), None)."""
+        parameters = self._parameters()
+        weights, fused = self._read_weights(parameters), self._module.fuse_wgrad_accumulation
+        return grouped_product(x, ends, self.gemms, weights, parameters, fused=fused), None
+
+
+class EmulatedGroupedForward(EmulatedExperts):
+    """With Transformer Engine's grouped GEMM, which takes counts from the CPU."""
+
+    def __init__(self, module: TEGroupedLinear, gemms: Gemms) -> None:
+        """See :class:`EmulatedExperts`."""
+        super().__init__(module, gemms)
+        block = gemms.wgrad[0].block
+        assert block is not None
         # wgrad divides each expert's tokens into blocks; zeros change no amax and no sum. (Native kernels pad to 128.)
         self._pad = Fp8Padding(module.num_gemms, block[-1])
         self._unpad = Fp8Unpadding(module.num_gemms, block[-1])
-        self._weights: Weights | None = None
 
     def __call__(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, None]:
         """x (T, K), rows sorted by expert, ``m_splits`` tokens for each -> ((T, N), None)."""
-        parameters = [self._module.get_parameter(f"weight{i}") for i in range(self._module.num_gemms)]
+        parameters = self._parameters()
         weights = self._read_weights(parameters)
         padded, counts = self._pad(x, m_splits)
         fused = self._module.fuse_wgrad_accumulation
@@ -49,22 +76,6 @@ class EmulatedGroupedForward:
         y: Tensor = _GroupedProduct.apply(*arguments)  # type: ignore[no-untyped-call]
         unpadded: Tensor = self._unpad(y, m_splits)
         return unpadded, None
-
-    def _read_weights(self, parameters: Sequence[nn.Parameter]) -> Weights:
-        """Quantised at a step's first micro-batch, as Transformer Engine's modules do."""
-        module = self._module
-        if self._weights is None or module.is_first_microbatch or module.disable_parameter_transpose_cache:
-            heights = [parameter.shape[0] for parameter in parameters]
-            whole = torch.cat([parameter.detach() for parameter in parameters])
-            forward, backward = self.gemms.fprop[1], self.gemms.dgrad[1]
-            columns = None if forward.is_square else backward
-            both = read(whole, forward, columns, offsets=segment_offsets(heights, whole.device), fold=True)
-            along_rows, along_columns = both[0], both[1] or both[0]
-            assert along_rows is not None
-            assert along_columns is not None
-            self._weights = along_rows.values, along_columns.values
-        module.is_first_microbatch = False
-        return self._weights
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -120,12 +131,7 @@ def _weight_gradients(
     # Added at every micro-batch, for Megatron-Core clears the buffer: overwriting it at the first, as Transformer
     # Engine does, would lose the share of a module that runs twice in a micro-batch (MTP's repeated block).
     _grouped_gemm(xs, dys, [p.main_grad for p in parameters], "NT", m_splits=counts, grad=True, accumulate=True)
-    placeholders = []
-    for parameter in parameters:
-        parameter.grad_added_to_main_grad = True
-        zero = getattr(parameter, "zero_out_wgrad", False)
-        placeholders.append(get_dummy_wgrad(list(parameter.main_grad.shape), parameter.dtype, zero=zero))
-    return placeholders
+    return [placeholder(parameter) for parameter in parameters]
 
 
 def _grouped_gemm(a: Sequence[Tensor], b: Sequence[Tensor], out: list[Tensor], layout: str, **options: Any) -> None:

@@ -19,7 +19,7 @@ from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Quantizer
 
 from nemotron3_megatron.precision.emulation.te import OperandQuantizer
-from nemotron3_megatron.precision.emulation.te_grouped import EmulatedGroupedForward
+from nemotron3_megatron.precision.emulation.te_grouped import EmulatedExperts
 from nemotron3_megatron.precision.operands import Gemms, Operand, Tensor
 
 
@@ -32,7 +32,7 @@ def installed_gemms(module: nn.Module) -> Gemms | None:
         RuntimeError: the module would do one thing inside the stack's context and another outside of it.
     """
     replaced = vars(module).get("forward")
-    if isinstance(replaced, EmulatedGroupedForward):
+    if isinstance(replaced, EmulatedExperts):
         return replaced.gemms
     inside, outside = (_in_context(module, context) for context in (_stack_context(module), nullcontext()))
     if inside != outside:
@@ -43,7 +43,7 @@ def installed_gemms(module: nn.Module) -> Gemms | None:
 def used_gemms(module: Any) -> Gemms | None:
     """The operands that a module quantised in its latest forward and backward pass; None: none."""
     replaced = vars(module).get("forward")
-    if isinstance(replaced, EmulatedGroupedForward):
+    if isinstance(replaced, EmulatedExperts):
         return replaced.gemms
     return _gemms(module.quantizers["scaling_fwd"], module.quantizers["scaling_bwd"]) if module.fp8 else None
 

@@ -12,12 +12,15 @@ from nemotron3_megatron.config import Run, compose, resolve
 from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.serialize import from_json, to_json
+from nemotron3_megatron.config.typed import UNSET
 
 RECIPE, ORIGINS = compose(["recipe=tiny"])
 RUN = resolve(RECIPE, 2, ORIGINS)
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 st.register_type_strategy(float, NUMBERS)
+# Not the mark of a value that is missing.
+st.register_type_strategy(str, st.text().filter(lambda text: text != UNSET))
 st.register_type_strategy(Path, st.text("abc/._ é", min_size=1).map(Path))
 st.register_type_strategy(
     Duration, st.builds(Duration, st.floats(0, 1e18), st.sampled_from(["tokens", "steps", "seconds"]))

@@ -68,13 +68,14 @@ def test_plan_as_json_has_every_row_of_the_precision_plan(capsys: pytest.Capture
     assert sum(share["modules"] for share in plan["precision_shares"]) == len(rows)
 
 
-def test_plan_draws_the_precision_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_draws_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ([], ["--json"]):
         out = tmp_path / f"run{len(flag)}"
         assert main(["plan", *flag, "recipe=tiny_nvfp4", f"run_dir={out}"]) == 0
         captured = capsys.readouterr()
-        assert captured.err == f"precision map: {out}/precision_map.png\n"
-        assert (out / "precision_map.png").read_bytes().startswith(b"\x89PNG")
+        assert captured.err == f"precision map: {out}/precision_map.png\nmemory chart: {out}/memory.png\n"
+        for name in ("precision_map.png", "memory.png"):
+            assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert "precision_map" not in captured.out
 
 

@@ -47,6 +47,16 @@ class Experts(nn.Module):
         return torch.cat([F.linear(part, weight) for part, weight in parts]), None
 
 
+class LocalExperts(Experts):
+    """Told where each expert's tokens end."""
+
+    takes_ends = True
+
+    def forward(self, x: Tensor, ends: list[int] | Tensor) -> tuple[Tensor, None]:
+        assert isinstance(ends, Tensor)
+        return super().forward(x, ends.diff(prepend=ends.new_zeros(1)))
+
+
 @pytest.fixture(autouse=True)
 def _world_of_one() -> Iterator[None]:
     torch.manual_seed(0)
@@ -95,9 +105,13 @@ def test_input_weight_and_gradient(norm: bool) -> None:
 
 
 def test_experts_have_an_amax_each() -> None:
-    module = Experts(3)
     x, dy = torch.randn(48, 32), torch.randn(48, 64)
-    for counts in ([16, 0, 32], torch.tensor([16, 0, 32])):
+    calls: list[tuple[Experts, list[int] | Tensor]] = [
+        (Experts(3), [16, 0, 32]),
+        (Experts(3), torch.tensor([16, 0, 32])),
+        (LocalExperts(3), torch.tensor([16, 16, 48], dtype=torch.int32)),
+    ]
+    for module, counts in calls:
         observer = Observer(plan(), {"m": module}, CPU)
         observer.arm(1)
         module(x, counts)[0].backward(dy)

@@ -1,0 +1,108 @@
+"""How long a step and the whole run take: a roofline estimate, calibrated by what NVIDIA publishes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemotron3_megatron.config.run import Run, Stage
+from nemotron3_megatron.plan.communication import communication
+from nemotron3_megatron.plan.counts import flops_per_token
+from nemotron3_megatron.plan.hardware import Gpu
+from nemotron3_megatron.plan.roofline import (
+    HIDDEN_SHARE,
+    collective_seconds,
+    linear_seconds,
+    optimizer_seconds,
+    other_seconds,
+)
+from nemotron3_megatron.plan.segments import segments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step on the pipeline rank that works longest."""
+
+    linears: float
+    other: float
+    """Attention scores, Mamba scans, output layer, norms, routing, launches."""
+    layer_communication: float
+    """In the path of every micro-batch; nothing of it is taken as hidden."""
+    bubble: float
+    step_communication: float
+    """What is left of gradients' and parameters' traffic beside computation."""
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Seconds from step to step."""
+        busy = self.linears + self.other + self.layer_communication
+        return busy + self.bubble + self.step_communication + self.optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Of a whole run."""
+
+    gpu: str
+    step: StepTime
+    """Of the first stage."""
+    step_seconds: float
+    tokens_per_second_per_gpu: float
+    tflops_per_gpu: float
+    """10^12 model operations a second (``flops_per_token``: nothing recomputed)."""
+    mfu: float
+    """Share of the GPU's dense BF16 peak, whatever the formats: one yardstick for all precisions."""
+    days: float
+    """All stages, without restarts, evaluation and checkpoints."""
+    gpu_hours: float
+
+
+def estimate(run: Run, gpu: Gpu) -> Estimate:
+    """Estimate a run on this GPU."""
+    times = [step_time(run, gpu, stage) for stage in run.stages]
+    seconds, first, world = times[0].total, run.stages[0], run.layout.world_size
+    rate = first.tokens_per_step / seconds / world
+    flops = rate * flops_per_token(run.model, first.seq_length)
+    whole = 0.0
+    for stage, time in zip(run.stages, times, strict=True):
+        whole += max(0, min(stage.end_step, run.total_steps) - stage.first_step) * time.total
+    return Estimate(
+        gpu=gpu.name,
+        step=times[0],
+        step_seconds=seconds,
+        tokens_per_second_per_gpu=rate,
+        tflops_per_gpu=flops / 1e12,
+        mfu=flops / gpu.bf16,
+        days=whole / 86400,
+        gpu_hours=whole / 3600 * world,
+    )
+
+
+def step_time(run: Run, gpu: Gpu, stage: Stage) -> StepTime:
+    """One optimizer step of a stage; the pipeline goes at the pace of its slowest rank."""
+    return max((_rank_time(run, gpu, stage, rank) for rank in range(run.layout.pp)), key=lambda time: time.total)
+
+
+def _rank_time(run: Run, gpu: Gpu, stage: Stage, rank: int) -> StepTime:
+    segment, layout, parallel = segments(run)[rank], run.layout, run.parallel
+    micro = stage.num_microbatches
+    linears = micro * linear_seconds(run, gpu, stage, segment)
+    other = micro * other_seconds(run, gpu, stage, segment)
+    collectives = communication(run, rank, stage)
+    inside = sum(collective_seconds(each, gpu) for each in collectives if each.per == "layer")
+    beside = 0.0
+    for each in collectives:
+        if each.per == "step":
+            gathers = each.operation == "all-gather"
+            overlapped = parallel.overlap_param_gather if gathers else parallel.overlap_grad_reduce
+            alone = each.group.name in ("tp", "embedding") or not overlapped
+            beside += collective_seconds(each, gpu) * (1 if alone else 1 - HIDDEN_SHARE)
+    busy = linears + other + inside
+    return StepTime(
+        linears=linears,
+        other=other,
+        layer_communication=inside,
+        bubble=busy * (layout.pp - 1) / (micro * layout.vpp),
+        step_communication=beside,
+        optimizer=optimizer_seconds(run, gpu, segment),
+    )

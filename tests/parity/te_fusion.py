@@ -1,0 +1,84 @@
+"""What ranks do in test_te_fusion: gradients of one model with and without ``gradient_accumulation_fusion``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from te_lowering import lowered
+from torch import Tensor
+
+MICRO_BATCHES = 3
+STEPS = 2
+
+Gradients = dict[str, Tensor]
+
+
+def differences(worlds: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """For each world and each of two steps: relative distance of every parameter's fused gradient."""
+    port = int(os.environ["MASTER_PORT"])
+    found = {}
+    for offset, (name, world) in enumerate(worlds.items()):
+        os.environ["MASTER_PORT"] = str(port + 2 * offset)
+        plain = _gradients(fused=False, **world)
+        os.environ["MASTER_PORT"] = str(port + 2 * offset + 1)
+        fused = _gradients(fused=True, **world)
+        found[name] = [_distances(*pair) for pair in zip(fused, plain, strict=True)]
+    return found
+
+
+def _gradients(
+    *, fused: bool, options: dict[str, Any], policy: str, local_experts: bool = False, repaired: bool = True
+) -> list[Gradients]:
+    """``main_grad`` by parameter after each of two steps with different weights."""
+    with lowered(options, "emulated", policy, local_experts=local_experts, fused=fused) as (_, trainer):
+        import layouts
+
+        from nemotron3_megatron.train.step import accumulate_gradients
+
+        chunk, steps = trainer.chunks[0], []
+        _lose_in_one_pass(type(chunk))
+        if not repaired:
+            for module in chunk.mtp.modules():
+                if hasattr(module, "disable_parameter_transpose_cache"):
+                    module.disable_parameter_transpose_cache = False
+        for step in range(STEPS):
+            accumulate_gradients(trainer, layouts.batches(trainer, step)[:MICRO_BATCHES], trainer.run.stages[0])
+            assert _added(chunk) == (_of_linears(chunk) if fused else set())
+            steps.append({name: parameter.main_grad.clone() for name, parameter in chunk.named_parameters()})
+            with torch.no_grad():
+                for parameter in chunk.parameters():
+                    parameter.mul_(1.25)
+        return steps
+
+
+def _lose_in_one_pass(model: Any) -> None:
+    """Output layer and loss as on a GPU, in this process, which ends with the test."""
+    from nemotron3_megatron.model.vocabulary_loss import vocabulary_loss
+
+    model._token_losses = lambda self, hidden, labels: vocabulary_loss(hidden, self.output_layer, labels)
+
+
+def _added(chunk: Any) -> set[str]:
+    """Parameters whose gradients did not come from autograd."""
+    return {name for name, parameter in chunk.named_parameters() if parameter.grad_added_to_main_grad}
+
+
+def _of_linears(chunk: Any) -> set[str]:
+    from nemotron3_megatron.precision.lowering.names import named_linears
+
+    linears = [*named_linears(chunk).values(), chunk.output_layer]
+    weights = {p for linear in linears for name, p in linear.named_parameters() if name.startswith("weight")}
+    return {name for name, parameter in chunk.named_parameters() if parameter in weights}
+
+
+def _distances(found: Gradients, expected: Gradients) -> dict[str, float]:
+    assert found.keys() == expected.keys()
+    return {name: _distance(found[name], reference) for name, reference in expected.items()}
+
+
+def _distance(found: Tensor, reference: Tensor) -> float:
+    """Relative; 0 where both are zero."""
+    distance = float((found - reference).norm())
+    return distance / float(reference.norm()) if distance else 0.0
