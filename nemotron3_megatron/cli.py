@@ -28,6 +28,10 @@ class Verb:
     summary: str
     usage: str
     has_json: bool = False
+    page: Callable[[list[str], str], None] | None = None
+    """Takes the overrides and the file of ``--html``."""
+    search: Callable[[list[str], bool], int] | None = None
+    """With ``--search``, in place of ``run``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 nearest=close or f"one of {', '.join(VERBS)}",
             )
         parsed = _parser(arguments[0], verb).parse_intermixed_args(arguments[1:])
-        return verb.run(parsed.overrides, getattr(parsed, "json", False))
+        run = verb.search if verb.search is not None and parsed.search else verb.run
+        status = run(parsed.overrides, getattr(parsed, "json", False))
+        if verb.page is not None and parsed.html is not None:
+            verb.page(parsed.overrides, parsed.html)
+        return status
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
@@ -64,6 +72,12 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
     if verb.has_json:
         parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    # A search has no one layout to draw.
+    instead = parser.add_mutually_exclusive_group() if verb.search is not None else parser
+    if verb.search is not None:
+        instead.add_argument("--search", action="store_true", help="find the fastest layouts that fit the GPUs")
+    if verb.page is not None:
+        instead.add_argument("--html", metavar="FILE", help="also write all of it, with pictures, as one page")
     return parser
 
 
@@ -89,6 +103,34 @@ def _plan(overrides: list[str], as_json: bool) -> int:
     sys.stdout.flush()
     sys.stderr.write(f"{report.write_map(run)}\n{write_memory_chart(run)}\n")
     return 0
+
+
+def _search(overrides: list[str], as_json: bool) -> int:
+    from rich.console import Console
+
+    from nemotron3_megatron.config import compose
+    from nemotron3_megatron.plan import search_table
+    from nemotron3_megatron.plan.search import search
+
+    named = [f"world_size={text.removeprefix('gpus=')}" if text.startswith("gpus=") else text for text in overrides]
+    recipe, _ = compose(named)
+    found = search(recipe, recipe.world_size or 1)
+    if as_json:
+        sys.stdout.write(search_table.as_json(recipe, found) + "\n")
+    else:
+        search_table.show(recipe, found, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
+    return 0
+
+
+def _plan_page(overrides: list[str], file: str) -> None:
+    from pathlib import Path
+
+    from nemotron3_megatron.config import compose, resolve
+    from nemotron3_megatron.plan.html import write_page
+
+    recipe, origins = compose(overrides)
+    write_page(Path(file), resolve(recipe, recipe.world_size or 1, origins))
+    sys.stderr.write(f"page: {file}\n")
 
 
 def _doctor(overrides: list[str], as_json: bool) -> int:
@@ -118,10 +160,13 @@ VERBS = {
     "plan": Verb(
         _plan,
         "print the resolved run: origin of each value, layers, precision, parameters, layout, schedule; starts nothing",
-        "nemotron3 plan recipe=NAME [world_size=N] [gpu=h200] [key=value ...] [--json]\n"
+        "nemotron3 plan recipe=NAME [world_size=N] [gpu=h200] [key=value ...] [--json] [--html FILE]\n"
+        "nemotron3 plan recipe=NAME gpus=N [gpu=h200] [key=value ...] --search [--json]\n"
         "Draws which layer computes in which format and what fills a GPU: run_dir/precision_map.png, memory.png.\n"
         "world_size defaults to the recipe's. The keys are those of train.py (see train.py --help).",
         has_json=True,
+        page=_plan_page,
+        search=_search,
     ),
     "doctor": Verb(
         _doctor,

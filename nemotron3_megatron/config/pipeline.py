@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ def _best_cut(before: Sequence[int], rest: Sequence[_Cut], start: int, last_end:
     return min(cuts)
 
 
+@lru_cache(maxsize=128)
 def hybrid_layer_pattern(model: ModelConfig, segments: int, seq_length: int) -> str:
     """Megatron's pattern: the main stack cut by forward FLOPs, then one ``/`` part for each MTP depth.
 

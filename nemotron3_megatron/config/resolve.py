@@ -27,6 +27,11 @@ def resolve(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> 
         UserError: the recipe cannot run on this many ranks.
     """
     check(recipe, world_size, origins)
+    return derive(recipe, world_size, origins)
+
+
+def derive(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> Run:
+    """As ``resolve``, of a recipe that is known to be legal on this many ranks."""
     layout = _layout(recipe, world_size)
     stages = resolve_stages(recipe, layout.dp)
     all_steps = stages[-1].end_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -113,9 +114,7 @@ class Run:
     @property
     def precision_plan(self) -> PrecisionPlan:
         """What every module of the whole model computes in: a pure function of ``precision`` and ``model``."""
-        from nemotron3_megatron.precision.plan import precision_plan  # imports this package
-
-        return precision_plan(self.precision, self.model)
+        return _precision_plan(self.precision, self.model)
 
     def stage_at(self, step: int) -> Stage:
         """The stage that optimizer step ``step`` (0-based) belongs to; the last one for later steps."""
@@ -128,3 +127,11 @@ class Run:
         """Tokens seen before optimizer step ``step`` (0-based)."""
         stage = self.stage_at(step)
         return stage.first_token + (step - stage.first_step) * stage.tokens_per_step
+
+
+@lru_cache(maxsize=8)
+def _precision_plan(policy: PrecisionConfig, model: ModelConfig) -> PrecisionPlan:
+    """Cached: planning asks for it again and again."""
+    from nemotron3_megatron.precision.plan import precision_plan  # imports this package
+
+    return precision_plan(policy, model)

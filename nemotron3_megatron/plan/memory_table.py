@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
@@ -24,9 +25,23 @@ def memory_data(run: Run) -> dict[str, float]:
 
 def write_memory_chart(run: Run) -> str:
     """Draw ``memory.png`` into the run directory; returns where it is, or why it is not."""
+    path = run.run_dir / "memory.png"
+    try:
+        draw_memory_chart(path, run)
+    except OSError as error:
+        return f"no memory chart: {path} cannot be written ({error.strerror})"
+    return f"memory chart: {path}"
+
+
+def draw_memory_chart(path: Path, run: Run) -> None:
+    """Write the PNG.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     from nemotron3_megatron.plan.memory_chart import draw_memory  # Matplotlib
 
-    path, plan = run.run_dir / "memory.png", memory_plan(run)
+    plan = memory_plan(run)
     stage = next(stage for stage in run.stages if stage.name == plan.stage)
     layout = run.layout
     subtitle = (
@@ -34,11 +49,7 @@ def write_memory_chart(run: Run) -> str:
         f" stage {stage.name}: micro-batch {stage.micro_batch_size} of {stage.seq_length:,} tokens;"
         f" recompute {run.parallel.recompute}"
     )
-    try:
-        draw_memory(path, plan, (H100, H200, GB200, GB300), run.name, subtitle)
-    except OSError as error:
-        return f"no memory chart: {path} cannot be written ({error.strerror})"
-    return f"memory chart: {path}"
+    draw_memory(path, plan, (H100, H200, GB200, GB300), run.name, subtitle)
 
 
 def memory_tables(run: Run) -> Iterator[Table]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -58,18 +59,23 @@ def show(run: Run, console: Console) -> None:
     console.print(
         f"[bold]{escape(run.name)}[/bold] on {run.layout.world_size} ranks, into {escape(str(run.run_dir))}\n"
     )
-    for table in (_parameters(counts), _layers(counts), precision_table(precision, run.precision), shares_table(run)):
+    for table in (
+        _parameters(counts),
+        layers_table(counts),
+        precision_table(precision, run.precision),
+        shares_table(run),
+    ):
         console.print(table)
     for note in notes(run):
         console.print(f"  {note}", style="dim", highlight=False)
     console.print()
     for table in (
         _layout(run),
-        _schedule(run),
+        schedule_table(run),
         *memory_tables(run),
         communication_table(run),
         time_table(run),
-        _origins(run),
+        origins_table(run),
     ):
         console.print(table)
 
@@ -79,17 +85,26 @@ def write_map(run: Run) -> str:
 
     The plan of a run elsewhere (a cluster's run_dir) is a plan all the same, so this raises nothing.
     """
-    from nemotron3_megatron.plan.precision_map import draw_precision_map  # Matplotlib
-
     path = run.run_dir / "precision_map.png"
-    subtitle = (
-        f"precision {run.precision.name}, dtype {run.precision.dtype}; every linear of the model, whatever the layout"
-    )
     try:
-        draw_precision_map(path, run.precision_plan, run.name, subtitle)
+        draw_map(path, run)
     except OSError as error:
         return f"no precision map: {path} cannot be written ({error.strerror})"
     return f"precision map: {path}"
+
+
+def draw_map(path: Path, run: Run) -> None:
+    """Write the PNG.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from nemotron3_megatron.plan.precision_map import draw_precision_map  # Matplotlib
+
+    subtitle = (
+        f"precision {run.precision.name}, dtype {run.precision.dtype}; every linear of the model, whatever the layout"
+    )
+    draw_precision_map(path, run.precision_plan, run.name, subtitle)
 
 
 def _parameters(counts: Counts) -> Table:
@@ -99,7 +114,7 @@ def _parameters(counts: Counts) -> Table:
     return table
 
 
-def _layers(counts: Counts) -> Table:
+def layers_table(counts: Counts) -> Table:
     """Layers of a kind have one size, so one row says it all."""
     table = new_table("Layers", "kind", "layers", "parameters each", "parameters", "at")
 
@@ -131,7 +146,8 @@ def _layout(run: Run) -> Table:
     return table
 
 
-def _schedule(run: Run) -> Table:
+def schedule_table(run: Run) -> Table:
+    """Learning rate and stages."""
     schedule = run.schedule
     title = (
         f"Schedule: lr {schedule.max_lr:g} to {schedule.min_lr:g} ({schedule.decay_style}), warmup"
@@ -148,7 +164,8 @@ def _schedule(run: Run) -> Table:
     return table
 
 
-def _origins(run: Run) -> Table:
+def origins_table(run: Run) -> Table:
+    """Who set which value."""
     table = Table(title="Values that differ from their default", title_justify="left", title_style="bold", box=SIMPLE)
     table.add_column("key", overflow="fold")
     table.add_column("value", overflow="fold", min_width=16)

@@ -99,6 +99,8 @@ def optimizer_seconds(run: Run, gpu: Gpu, segment: Segment) -> float:
     shard = held.dense / replicas + held.experts / expert_replicas if sharded else held.dense + held.experts
     moved = ADAM_BYTES * shard + 4 * (held.dense + held.experts)
     for row in held_rows(run, segment):
+        if row.format == "bf16":
+            continue
         experts = model.num_moe_experts // layout.ep if is_routed(row.role) else 1
         size = experts * prod(weight_shape(row.role, model, layout.tp, layout.etp))
         moved += _quantising_bytes(row.format, gpu, size)

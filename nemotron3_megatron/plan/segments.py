@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from nemotron3_megatron.config.recipe import ModelConfig
@@ -37,10 +38,14 @@ class Weights:
 
 def segments(run: Run) -> tuple[Segment, ...]:
     """One a pipeline rank; with interleaving, rank r holds chunks r, r + pp, ... of the pattern."""
-    pieces = run.layout.hybrid_layer_pattern.partition("/")[0].split("|")
+    return _segments(run.layout.hybrid_layer_pattern, run.layout.pp)
+
+
+@lru_cache(maxsize=256)
+def _segments(pattern: str, pp: int) -> tuple[Segment, ...]:
+    pieces = pattern.partition("/")[0].split("|")
     starts = [sum(map(len, pieces[:index])) for index in range(len(pieces))]
     chunks = [range(start, start + len(piece)) for start, piece in zip(starts, pieces, strict=True)]
-    pp = run.layout.pp
     return tuple(
         Segment(tuple(index for chunk in chunks[rank::pp] for index in chunk), rank == 0, rank == pp - 1)
         for rank in range(pp)
@@ -61,6 +66,7 @@ def modules(model: ModelConfig, segment: Segment) -> Iterator[LinearModule]:
             yield module
 
 
+@lru_cache(maxsize=4096)
 def weights(model: ModelConfig, segment: Segment, layout: Layout) -> Weights:
     """Parameters of one rank of this segment (without routers' biases, which are no parameters).
 

@@ -80,10 +80,11 @@ def estimate(run: Run, gpu: Gpu) -> Estimate:
 
 def step_time(run: Run, gpu: Gpu, stage: Stage) -> StepTime:
     """One optimizer step of a stage; the pipeline goes at the pace of its slowest rank."""
-    return max((_rank_time(run, gpu, stage, rank) for rank in range(run.layout.pp)), key=lambda time: time.total)
+    return max((rank_time(run, gpu, stage, rank) for rank in range(run.layout.pp)), key=lambda time: time.total)
 
 
-def _rank_time(run: Run, gpu: Gpu, stage: Stage, rank: int) -> StepTime:
+def rank_time(run: Run, gpu: Gpu, stage: Stage, rank: int) -> StepTime:
+    """One optimizer step of a stage, were all pipeline ranks as slow as this one."""
     segment, layout, parallel = segments(run)[rank], run.layout, run.parallel
     micro = stage.num_microbatches
     linears = micro * linear_seconds(run, gpu, stage, segment)

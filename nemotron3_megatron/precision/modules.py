@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.config.sizes import KINDS, Kind
@@ -41,6 +42,7 @@ class LinearModule:
     """Global number in the decoder, from 0; None in MTP."""
 
 
+@lru_cache(maxsize=8)
 def linear_modules(model: ModelConfig) -> tuple[LinearModule, ...]:
     """All modules of the whole model, in the order of the forward pass; the layout plays no part."""
     return (*_decoder(model), *_mtp(model))

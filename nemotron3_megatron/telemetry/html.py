@@ -41,19 +41,28 @@ class Picture:
 def page(title: str, pictures: Sequence[Picture], sections: Sequence[Section]) -> str:
     """The whole page: the first picture, sections (those without rows are left out), the other pictures."""
     first, *others = map(_picture, pictures)
-    body = "\n".join([first, *(_section(section) for section in sections if section.rows), *others])
+    return document(title, [first, *(_section(section) for section in sections if section.rows), *others])
+
+
+def document(title: str, body: Sequence[str], style: str = "") -> str:
+    """A page of pieces that are HTML already, below its title; ``style`` is added to the usual one."""
+    pieces = "\n".join(body)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        f"{body}\n</body>\n</html>\n"
+        f"<style>{_STYLE}{style}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f"{pieces}\n</body>\n</html>\n"
     )
+
+
+def image(shows: str, png: bytes) -> str:
+    """A PNG inside the page, and in words what it shows."""
+    return f'<img alt="{escape(shows)}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
 
 
 def _picture(picture: Picture) -> str:
     heading = f"<h2>{escape(picture.title)}</h2>\n" if picture.title else ""
-    data = base64.b64encode(picture.png).decode("ascii")
-    return f'{heading}<img alt="{escape(picture.shows)}" src="data:image/png;base64,{data}">'
+    return heading + image(picture.shows, picture.png)
 
 
 def _section(section: Section) -> str:
