@@ -12,6 +12,7 @@ from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.plan.hardware import GB200, GB300, H100, H200, gpu_of
 from nemotron3_megatron.plan.memory import GIB, TERMS, Memory, MemoryPlan, memory_plan
 from nemotron3_megatron.plan.memory_advice import Advice, advise
+from nemotron3_megatron.plan.pictures import write_picture
 from nemotron3_megatron.plan.tables import new_table
 
 _TITLES = {"quantised_weights": "quantised"}
@@ -25,12 +26,7 @@ def memory_data(run: Run) -> dict[str, float]:
 
 def write_memory_chart(run: Run) -> str:
     """Draw ``memory.png`` into the run directory; returns where it is, or why it is not."""
-    path = run.run_dir / "memory.png"
-    try:
-        draw_memory_chart(path, run)
-    except OSError as error:
-        return f"no memory chart: {path} cannot be written ({error.strerror})"
-    return f"memory chart: {path}"
+    return write_picture("memory chart", run.run_dir / "memory.png", draw_memory_chart, run)
 
 
 def draw_memory_chart(path: Path, run: Run) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.plan.counts import Counts, Layer, count_parameters, flops_per_token
 from nemotron3_megatron.plan.memory_table import memory_data, memory_tables
+from nemotron3_megatron.plan.pictures import write_picture
 from nemotron3_megatron.plan.precision_shares import format_shares
 from nemotron3_megatron.plan.precision_table import notes, precision_table, shares_table
 from nemotron3_megatron.plan.tables import new_table
@@ -81,16 +82,8 @@ def show(run: Run, console: Console) -> None:
 
 
 def write_map(run: Run) -> str:
-    """Draw ``precision_map.png`` into the run directory; returns where it is, or why it is not.
-
-    The plan of a run elsewhere (a cluster's run_dir) is a plan all the same, so this raises nothing.
-    """
-    path = run.run_dir / "precision_map.png"
-    try:
-        draw_map(path, run)
-    except OSError as error:
-        return f"no precision map: {path} cannot be written ({error.strerror})"
-    return f"precision map: {path}"
+    """Draw ``precision_map.png`` into the run directory; returns where it is, or why it is not."""
+    return write_picture("precision map", run.run_dir / "precision_map.png", draw_map, run)
 
 
 def draw_map(path: Path, run: Run) -> None:

@@ -150,7 +150,7 @@ def reads(gemms: Gemms) -> list[tuple[Operand, Along]]:
     """The different ways in which a module's GEMMs read its input (T, K), weight (N, K) and gradient (T, N)."""
     (x, w), (dy, w_back), (dy_back, x_back) = gemms.fprop, gemms.dgrad, gemms.wgrad
     found: list[tuple[Operand, Along]] = [(x, "rows"), (x_back, "columns"), (w, "rows")]
-    if w.block is None or len(set(w.block)) > 1:  # square blocks are the same both ways
+    if not w.is_square:  # those are the same both ways
         found.append((w_back, "columns"))
     return [*found, (dy, "rows"), (dy_back, "columns")]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nemotron3_megatron.model.wgrad import add_weight_gradients
-from nemotron3_megatron.precision.emulation.read import default_generator, read
+from nemotron3_megatron.precision.emulation.read import Read, default_generator, read
 from nemotron3_megatron.precision.operands import Gemms
 
 Weights = tuple[Tensor, Tensor]
@@ -79,6 +79,20 @@ def read_weights(parameters: Sequence[Tensor], gemms: Gemms) -> Weights:
     return along_rows.values, along_columns.values
 
 
+def read_gradient(
+    dy: Tensor, gemms: Gemms, offsets: Tensor, *, for_input: bool, for_weights: bool
+) -> tuple[Read | None, Read | None]:
+    """The output's gradient (T, N) as dgrad and as wgrad read it, where it is wanted."""
+    return read(
+        dy,
+        gemms.dgrad[0] if for_input else None,
+        gemms.wgrad[0] if for_weights else None,
+        offsets=offsets,
+        generator=default_generator(dy.device),
+        fold=True,
+    )
+
+
 def grouped_product(
     x: Tensor, ends: Tensor, gemms: Gemms, weights: Weights, parameters: Sequence[Tensor], *, fused: bool
 ) -> Tensor:
@@ -124,13 +138,8 @@ class _GroupedProduct(torch.autograd.Function):
         gemms, parameters = ctx.gemms, ctx.parameters
         padded = Padding(places, offsets, ctx.rows)
         dy = padded.pad(gradients[0])
-        rows_dy, columns_dy = read(
-            dy,
-            gemms.dgrad[0] if ctx.needs_input_grad[0] else None,
-            gemms.wgrad[0] if columns is not None else None,
-            offsets=offsets,
-            generator=default_generator(dy.device),
-            fold=True,
+        rows_dy, columns_dy = read_gradient(
+            dy, gemms, offsets, for_input=ctx.needs_input_grad[0], for_weights=columns is not None
         )
         dx: Tensor | None = None
         dw: Sequence[Tensor | None] = [None] * len(parameters)

@@ -18,8 +18,8 @@ from transformer_engine.pytorch import Fp8Padding, Fp8Unpadding
 from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
 
 from nemotron3_megatron.model.wgrad import placeholder
-from nemotron3_megatron.precision.emulation.grouped import Weights, grouped_product, read_weights
-from nemotron3_megatron.precision.emulation.read import default_generator, read, segment_offsets
+from nemotron3_megatron.precision.emulation.grouped import Weights, grouped_product, read_gradient, read_weights
+from nemotron3_megatron.precision.emulation.read import read, segment_offsets
 from nemotron3_megatron.precision.operands import Gemms
 
 
@@ -100,13 +100,8 @@ class _GroupedProduct(torch.autograd.Function):
         dy = gradients[0].contiguous()
         columns, weights, offsets = ctx.saved_tensors
         gemms, counts, parameters = ctx.gemms, ctx.counts, ctx.parameters
-        rows_dy, columns_dy = read(
-            dy,
-            gemms.dgrad[0] if ctx.needs_input_grad[0] else None,
-            gemms.wgrad[0] if columns is not None else None,
-            offsets=offsets,
-            generator=default_generator(dy.device),
-            fold=True,
+        rows_dy, columns_dy = read_gradient(
+            dy, gemms, offsets, for_input=ctx.needs_input_grad[0], for_weights=columns is not None
         )
         dx: Tensor | None = None
         dw: Sequence[Tensor | None] = [None] * len(parameters)
