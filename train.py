@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.launch.exit_record import leave_record, recorded
 from nemotron3_megatron.logs import start_logging
+from nemotron3_megatron.platform.kernel_cache import use_kernel_cache
 
 if TYPE_CHECKING:
     from nemotron3_megatron.config import Run
@@ -45,16 +47,20 @@ def main(argv: Sequence[str]) -> int:
         return refuse(error, on_every_rank=True)
 
     start_logging(int(os.environ.get("RANK", "0")))
+    use_kernel_cache()
+    from nemotron3_megatron.resilience.watch import watched
     from nemotron3_megatron.train.run import train  # imports torch and Megatron-Core
 
     try:
-        return train(run)
+        with watched(run) as watch:
+            return train(run, watch)
     except UserError as error:
         return refuse(error, on_every_rank=False)
 
 
 def prepare(overrides: Sequence[str]) -> Run:
-    """Compose the recipe and resolve it for the world that torchrun made."""
+    """Compose the recipe and resolve it for the world that torchrun made and the stage in force at its checkpoint."""
+    from nemotron3_megatron.checkpoint.resume import step_to_resume
     from nemotron3_megatron.config import check_data, compose, resolve
 
     recipe, origins = compose(overrides)
@@ -67,7 +73,7 @@ def prepare(overrides: Sequence[str]) -> Run:
             why=f"{world_size} processes were started, and training takes the world from them",
             nearest=f"torchrun --nproc-per-node={recipe.world_size}",
         )
-    run = resolve(recipe, world_size, origins)
+    run = resolve(recipe, world_size, origins, step_to_resume(recipe))
     check_data(run)
     return run
 
@@ -77,6 +83,7 @@ def refuse(error: UserError, *, on_every_rank: bool) -> int:
 
     The others wait, because torchrun ends all processes as soon as one has failed.
     """
+    leave_record(USER_ERROR, error)
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         time.sleep(2)
@@ -86,4 +93,4 @@ def refuse(error: UserError, *, on_every_rank: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(recorded(main, sys.argv[1:]))

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.libraries import library
 from data_prep.manifest import Manifest
-from data_prep.prepare import prepare
 from data_prep.recipe import RECIPES, PreparationRecipe, compose
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.keys import group_lines, key_lines
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         recipe = compose(arguments)
+        library("datatrove")
+        from data_prep.prepare import prepare
+
         manifest = prepare(recipe, console)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
@@ -47,7 +50,10 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to go on, finished shards are kept\n")
         return 130
-    _show(recipe, manifest, console)
+    if manifest is None:
+        console.print(f"submitted; the last job writes {recipe.output}/manifest.json")
+    else:
+        _show(recipe, manifest, console)
     return 0
 
 
@@ -69,6 +75,8 @@ def _show(recipe: PreparationRecipe, manifest: Manifest, console: Console) -> No
             f"unigram loss on validation: {manifest.unigram.validation_cross_entropy:.4f} nats per token "
             f"(its own entropy: {manifest.unigram.validation_entropy:.4f})"
         )
+    for reason, dropped in sorted(manifest.dropped.items()):
+        console.print(f"dropped: {dropped:,} documents, {reason}", markup=False)
     if manifest.defects:
         console.print(f"left out: {manifest.defects} defective pieces of input, such as", style="yellow")
         for example in manifest.defect_examples:

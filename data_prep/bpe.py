@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 
+from datatrove.data import Document
+
+from data_prep.filters import filters
 from data_prep.inputs import FileRecord, InputFile
+from data_prep.readers import Keys
 from data_prep.recipe import PreparationRecipe
 from data_prep.splits import Losses, documents, split_of
 from nemotron3_megatron.config.errors import UserError
@@ -53,7 +57,8 @@ def train_bpe(
 
 def training_fingerprint(recipe: PreparationRecipe, files: Sequence[InputFile]) -> str:
     """Changes with everything that the trained tokenizer depends on."""
-    settings = [asdict(recipe.tokenizer), recipe.validation_fraction, recipe.input.text_field, recipe.on_error]
+    parts = [asdict(part) for part in (recipe.tokenizer, recipe.filters)]
+    settings = [*parts, recipe.validation_fraction, recipe.input.text_field, recipe.on_error]
     inputs = [(record.name, record.sha256) for record in map(FileRecord.of, files)]
     return hashlib.sha256(json.dumps([settings, inputs]).encode()).hexdigest()[:16]
 
@@ -61,14 +66,23 @@ def training_fingerprint(recipe: PreparationRecipe, files: Sequence[InputFile]) 
 def _training_text(
     recipe: PreparationRecipe, files: Sequence[InputFile], advance: Callable[[int], None]
 ) -> Iterator[str]:
-    """Texts of the training split, from files in an order that does not follow their names."""
+    """Texts of the training split that pass the filters, from files in an order that does not follow their names."""
     left = recipe.tokenizer.train_bytes
+    texts: Iterable[Document] = _all(recipe, files)
+    for step in filters(recipe.filters):
+        texts = step(texts)
+    for document in texts:
+        text = document.text.encode()
+        if split_of(text, recipe.validation_fraction) == "train":
+            yield document.text
+            advance(len(text))
+            left -= len(text)
+            if left <= 0:
+                return
+
+
+def _all(recipe: PreparationRecipe, files: Sequence[InputFile]) -> Iterator[Document]:
     for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest()):
         # Losses are counted where tokens are made, which reads the same files again.
-        for document in documents(file, recipe.input.text_field, recipe.on_error, Losses()):
-            if split_of(document.text, recipe.validation_fraction) == "train":
-                yield document.text.decode()
-                advance(len(document.text))
-                left -= len(document.text)
-                if left <= 0:
-                    return
+        for document in documents(file, Keys(recipe.input.text_field), recipe.on_error, Losses()):
+            yield Document(document.text, document.where)

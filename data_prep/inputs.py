@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import itertools
 import logging
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.hub import HUB, download
 from data_prep.recipe import Format, InputConfig
 from nemotron3_megatron.config.errors import UserError
 
@@ -25,14 +27,19 @@ _STDLIB_LEFT_OUT = frozenset(
 )
 
 _COMPRESSED = (".gz", ".zst")
+_PROSE = ".txt .md .rst .tex .adoc"
+_CODE = (
+    ".py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .S .s .rs .go .java .kt .scala .js .jsx .ts .tsx .mjs .cs "
+    ".swift .rb .php .pl .lua .jl .r .R .hs .ml .erl .ex .exs .clj .dart .f90 .sh .sql .proto .cmake"
+)
 _FORMATS: dict[str, Format] = {
+    **dict.fromkeys(f"{_PROSE} {_CODE}".split(), "text"),
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".py": "text",
+    ".arrow": "arrow",
+    ".warc": "warc",
+    ".wet": "warc",
 }
 
 
@@ -100,23 +107,30 @@ def discover(config: InputConfig) -> list[InputFile]:
     return found
 
 
-def group(files: Sequence[InputFile], shard_bytes: int) -> list[tuple[InputFile, ...]]:
-    """Neighbouring files in groups of at most ``shard_bytes``; a larger file is a group of its own."""
+def group(
+    files: Sequence[InputFile], shard_bytes: int, together: Callable[[InputFile], object] = lambda file: file.path
+) -> list[tuple[InputFile, ...]]:
+    """Neighbouring files in groups of at most ``shard_bytes``.
+
+    Neighbours for which ``together`` is equal are never parted; what is larger is a group of its own.
+    """
     groups: list[list[InputFile]] = [[]]
     filled = 0
-    for file in files:
-        if groups[-1] and filled + file.size > shard_bytes:
+    for _, same in itertools.groupby(files, together):
+        members = list(same)
+        size = sum(file.size for file in members)
+        if groups[-1] and filled + size > shard_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(file)
-        filled += file.size
+        groups[-1] += members
+        filled += size
     return [tuple(members) for members in groups if members]
 
 
 def _entry(entry: str, chosen: Format) -> list[InputFile]:
     if entry == STDLIB:
         return [_file(path, root, "text") for root, path in _standard_library()]
-    path = Path(entry)
+    path = download(entry) if entry.startswith(HUB) else Path(entry)
     if path.is_dir():
         return _directory(path, chosen)
     paths = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(entry, recursive=True))]
@@ -128,11 +142,11 @@ def _entry(entry: str, chosen: Format) -> list[InputFile]:
     for match in (match for match in paths if match.is_file()):
         kind = _format(match, chosen)
         if kind is None:
-            known = ", ".join(_FORMATS)
+            known = ", ".join(sorted(_FORMATS))
             raise UserError(
                 f"{match} is of unknown kind",
                 why=f"known suffixes are {known}, also with .gz or .zst",
-                nearest="input.format=text (or jsonl, parquet)",
+                nearest="input.format=text (or jsonl, parquet, arrow, warc)",
             )
         files.append(_file(match, match.parent, kind))
     return files

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.indexed import merge
 from data_prep.inputs import FileRecord, InputFile, unchanged
-from data_prep.megatron import indexed_dataset
-from data_prep.shard import ShardRecord, ShardTask, SplitCount
+from data_prep.recipe import PreparationRecipe
+from data_prep.shard import ShardTask, SplitCount, finished
 from data_prep.splits import SPLITS, Split
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.typed import typed
@@ -65,6 +68,8 @@ class Manifest:
     splits: dict[str, SplitCount]
     unigram: Unigram | None
     empty_documents: int
+    dropped: dict[str, int]
+    """Documents that filters and dedup left out, by reason."""
     defects: int
     defect_examples: tuple[str, ...]
     files: dict[str, OutputFile]
@@ -102,41 +107,51 @@ class Manifest:
 
 
 def finish(
-    directory: Path,
-    *,
-    recipe: str,
-    fingerprint: str,
-    tokenizer: Tokenizer,
-    tokenizer_file: Path,
-    tasks: Sequence[ShardTask],
-    records: Sequence[ShardRecord],
+    recipe: PreparationRecipe, mark: str, tokenizer: Tokenizer, tokenizer_file: Path, tasks: Sequence[ShardTask]
 ) -> Manifest:
-    """Merge finished shards into ``train`` and, where there is one, ``validation``, and write the manifest."""
+    """Merge finished shards into ``train`` and, where there is one, ``validation``, and write the manifest.
+
+    Raises:
+        UserError: a shard is not finished, or a split that was asked for is empty.
+    """
+    directory = Path(recipe.output)
+    records = [record for task in tasks if (record := finished(task)) is not None]
+    if len(records) < len(tasks):
+        raise UserError("the input changed while it was read", nearest="run again; unchanged shards are kept")
     splits = {split: _total([record.splits[split] for record in records]) for split in SPLITS}
+    _check_splits(recipe, splits["train"].documents, splits["validation"].documents)
     present = [split for split in SPLITS if splits[split].documents]
-    for split in present:
-        _merge(directory / split, [task for task, record in zip(tasks, records, strict=True)
-                                   if record.splits[split].documents], split)  # fmt: skip
-    for split in set(SPLITS) - set(present):
-        for suffix in (".bin", ".idx"):
-            (directory / split).with_suffix(suffix).unlink(missing_ok=True)
+    outputs = [name for split in SPLITS for name in _merge(directory, split, tasks)]
     counts = sum(np.load(task.path("counts.npy")) for task in tasks)
-    outputs = [f"{split}{suffix}" for split in present for suffix in (".bin", ".idx")]
+    dropped: Counter[str] = Counter()
+    for record in records:
+        dropped.update(record.dropped)
     manifest = Manifest(
-        recipe=recipe,
-        fingerprint=fingerprint,
+        recipe=recipe.name,
+        fingerprint=mark,
         tokenizer=TokenizerRecord(tokenizer_file.name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod),
         splits={split: splits[split] for split in present},
         unigram=unigram(*counts) if len(present) == len(SPLITS) else None,
         empty_documents=sum(record.empty_documents for record in records),
+        dropped=dict(dropped),
         defects=sum(record.defects for record in records),
         defect_examples=tuple(example for record in records for example in record.examples)[:_EXAMPLES],
         files={name: _output(directory / name) for name in [*outputs, tokenizer_file.name]},
         inputs=tuple(file for record in records for file in record.inputs),
-        versions={name: version(name) for name in ("megatron-core", "tokenizers")},
+        versions={name: version(name) for name in ("datatrove", "tokenizers")},
     )
     manifest.save(directory)
     return manifest
+
+
+def _check_splits(recipe: PreparationRecipe, train: int, validation: int) -> None:
+    if not train:
+        raise UserError("no document is left to train on", why="all input was empty, defective, dropped or held out")
+    if recipe.validation_fraction and not validation:
+        raise UserError(
+            f"validation_fraction={recipe.validation_fraction} holds out none of {train} documents",
+            nearest="a larger share, more documents, or validation_fraction=0",
+        )
 
 
 def unigram(train: NDArray[np.int64], validation: NDArray[np.int64]) -> Unigram:
@@ -158,16 +173,21 @@ def _total(counts: Sequence[SplitCount]) -> SplitCount:
     )
 
 
-def _merge(prefix: Path, tasks: Sequence[ShardTask], split: Split) -> None:
-    megatron = indexed_dataset()
-    partial = {suffix: prefix.with_suffix(f"{suffix}.partial") for suffix in (".bin", ".idx")}
-    dtype = megatron.IndexedDataset(str(tasks[0].path(split))).index.dtype
-    builder = megatron.IndexedDatasetBuilder(str(partial[".bin"]), dtype=dtype)
-    for task in tasks:
-        builder.add_index(str(task.path(split)))
-    builder.finalize(str(partial[".idx"]))
-    for suffix, path in partial.items():
-        path.replace(prefix.with_suffix(suffix))
+def _merge(directory: Path, split: Split, tasks: Sequence[ShardTask]) -> list[str]:
+    """Merge one split of all shards; the names of its files, none when it is empty."""
+    names = [f"{split}.bin", f"{split}.idx", f"{split}.truth.jsonl"]
+    partial = [directory / f"{name}.partial" for name in names]
+    merge([task.path(split) for task in tasks], partial[0], partial[1])
+    with partial[2].open("wb") as stream:
+        for task in tasks:
+            with task.path(names[2]).open("rb") as source:
+                shutil.copyfileobj(source, stream)
+    empty = [not partial[0].stat().st_size, not partial[0].stat().st_size, not partial[2].stat().st_size]
+    for name, path, left_out in zip(names, partial, empty, strict=True):
+        path.replace(directory / name)
+        if left_out:
+            (directory / name).unlink()
+    return [name for name, left_out in zip(names, empty, strict=True) if not left_out]
 
 
 def _output(path: Path) -> OutputFile:

@@ -2,64 +2,57 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_prep.bpe import train_bpe, training_fingerprint
-from data_prep.inputs import InputFile, discover, group
-from data_prep.manifest import MANIFEST, Manifest, finish
-from data_prep.pool import make_shards
+from data_prep.executors import run_stages
+from data_prep.inputs import InputFile, discover
+from data_prep.manifest import MANIFEST, Manifest
+from data_prep.pipeline import DEDUP, SHARDS, fingerprint, shard_tasks, stages
+from data_prep.progress import done, followed
 from data_prep.recipe import PreparationRecipe
 from data_prep.shard import ShardTask, finished
-from data_prep.splits import SPLITS
+from data_prep.stage import Stage, progress_directory
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_SHARDS = "shards"
 
-
-def prepare(recipe: PreparationRecipe, console: Console) -> Manifest:
+def prepare(recipe: PreparationRecipe, console: Console) -> Manifest | None:
     """Make ``recipe.output``: ``train``, ``validation``, the tokenizer and ``manifest.json``.
+
+    Returns:
+        The manifest; None when the work was only submitted.
 
     Raises:
         UserError: the input, the tokenizer or the output directory is unusable. What is finished stays.
     """
     directory = Path(recipe.output)
     files = discover(recipe.input)
-    (directory / _SHARDS).mkdir(parents=True, exist_ok=True)
+    (directory / SHARDS).mkdir(parents=True, exist_ok=True)
     manifest = _up_to_date(recipe, directory, files)
     if manifest is not None:
         console.print(f"{directory} is up to date.", soft_wrap=True)
         return manifest
+    (directory / MANIFEST).unlink(missing_ok=True)
     with _progress(console) as progress:
         tokenizer, tokenizer_file = _tokenizer(recipe, directory, files, progress)
-        tasks = _tasks(recipe, directory, files, tokenizer, tokenizer_file)
-        _tokenise(recipe, tasks, progress)
-    records = [record for task in tasks if (record := finished(task)) is not None]
-    if len(records) < len(tasks):
-        raise UserError("the input changed while it was read", nearest="run again; unchanged shards are kept")
-    _check_splits(recipe, *(sum(record.splits[split].documents for record in records) for split in SPLITS))
-    manifest = finish(
-        directory,
-        recipe=recipe.name,
-        fingerprint=_fingerprint(recipe, tokenizer),
-        tokenizer=tokenizer,
-        tokenizer_file=tokenizer_file,
-        tasks=tasks,
-        records=records,
-    )
-    _tidy(recipe, directory, tasks)
-    return manifest
+        tasks = shard_tasks(recipe, directory, files, tokenizer)
+        plan = stages(recipe, tasks, tokenizer_file)
+        _mark(plan, tasks)
+        with followed(_follower(progress, plan, tasks)):
+            run_stages(recipe, plan)
+    if not (directory / MANIFEST).is_file():
+        return None
+    _tidy(recipe, directory, plan, tasks)
+    return Manifest.load(directory)
 
 
 def _up_to_date(recipe: PreparationRecipe, directory: Path, files: Sequence[InputFile]) -> Manifest | None:
@@ -72,15 +65,7 @@ def _up_to_date(recipe: PreparationRecipe, directory: Path, files: Sequence[Inpu
         logger.warning("preparing again: %s", error)
         return None
     same = tokenizer.fingerprint == manifest.tokenizer.fingerprint
-    return manifest if same and manifest.holds(directory, _fingerprint(recipe, tokenizer), files) else None
-
-
-def _fingerprint(recipe: PreparationRecipe, tokenizer: Tokenizer) -> str:
-    """Of every setting that decides the tokens."""
-    settings = asdict(recipe)
-    for key in ("name", "output", "num_workers", "keep_shards"):
-        del settings[key]
-    return hashlib.sha256(json.dumps([settings, tokenizer.fingerprint]).encode()).hexdigest()[:16]
+    return manifest if same and manifest.holds(directory, fingerprint(recipe, tokenizer), files) else None
 
 
 def _tokenizer(
@@ -90,72 +75,77 @@ def _tokenizer(
     if recipe.tokenizer.path is not None:
         tokenizer = load_tokenizer(recipe.tokenizer.path, recipe.tokenizer.eod)
         return tokenizer, tokenizer.save(directory)
-    mark, saved = directory / _SHARDS / "bpe.fingerprint", directory / "tokenizer.json"
-    fingerprint = training_fingerprint(recipe, files)
-    if saved.is_file() and mark.is_file() and mark.read_text() == fingerprint:
+    mark, saved = directory / SHARDS / "bpe.fingerprint", directory / "tokenizer.json"
+    trained_on = training_fingerprint(recipe, files)
+    if saved.is_file() and mark.is_file() and mark.read_text() == trained_on:
         return load_tokenizer(saved), saved
     total = min(recipe.tokenizer.train_bytes, sum(file.size for file in files))
-    bar = progress.add_task("training the tokenizer", total=total)
+    bar = progress.add_task("training the tokenizer", total=total, amount=_megabytes(total))
     tokenizer = train_bpe(recipe, files, lambda count: progress.advance(bar, count))
     progress.update(bar, completed=total)
     saved = tokenizer.save(directory)
-    mark.write_text(fingerprint)
+    mark.write_text(trained_on)
     return tokenizer, saved
 
 
-def _tasks(
-    recipe: PreparationRecipe, directory: Path, files: Sequence[InputFile], tokenizer: Tokenizer, tokenizer_file: Path
-) -> list[ShardTask]:
-    return [
-        ShardTask(
-            prefix=directory / _SHARDS / f"{number:05d}",
-            files=members,
-            text_field=recipe.input.text_field,
-            on_error=recipe.on_error,
-            validation_fraction=recipe.validation_fraction,
-            tokenizer=tokenizer_file,
-            fingerprint=_fingerprint(recipe, tokenizer),
-        )
-        for number, members in enumerate(group(files, recipe.shard_bytes))
-    ]
+def _mark(plan: Sequence[Stage], tasks: Sequence[ShardTask]) -> None:
+    """Tell the executors which shards are complete: what counts is whether they still hold for their input."""
+    for stage in plan:
+        shutil.rmtree(progress_directory(stage.logs), ignore_errors=True)
+    *_, tokens, manifest = plan
+    for stage in (tokens, manifest):
+        shutil.rmtree(stage.logs / "completions", ignore_errors=True)
+    (tokens.logs / "completions").mkdir(parents=True)
+    for rank, task in enumerate(tasks):
+        if finished(task) is not None:
+            (tokens.logs / "completions" / f"{rank:05d}").touch()
 
 
-def _tokenise(recipe: PreparationRecipe, tasks: Sequence[ShardTask], progress: Progress) -> None:
-    sizes = {task.prefix: sum(file.size for file in task.files) for task in tasks}
-    open_tasks = [task for task in tasks if finished(task) is None]
-    if done := len(tasks) - len(open_tasks):
-        logger.info("%d of %d shards are finished already", done, len(tasks))
-    bar = progress.add_task(f"tokenising {len(open_tasks)} shards", total=sum(sizes[t.prefix] for t in open_tasks))
-    make_shards(open_tasks, recipe.num_workers, lambda count: progress.advance(bar, count))
+def _follower(progress: Progress, plan: Sequence[Stage], tasks: Sequence[ShardTask]) -> Callable[[], None]:
+    """What keeps the bars of all stages up to date; a stage that has nothing to do has none."""
+    bars: list[tuple[Stage, TaskID, int]] = []
+    for stage in plan:
+        left = sorted(set(range(stage.num_tasks)) - stage.completed)
+        total = sum(tasks[rank].size for rank in left) if stage.reads else len(left)
+        if total:
+            bars.append((stage, progress.add_task(stage.name, total=total, amount="", start=False), total))
+
+    def look() -> None:
+        for stage, bar, total in bars:
+            count = done(progress_directory(stage.logs)) if stage.reads else len(stage.completed)
+            if not count:
+                continue
+            progress.start_task(bar)
+            amount = _megabytes(total) if stage.reads else f"{count}/{total} tasks"
+            progress.update(bar, completed=min(count, total), amount=amount)
+
+    return look
 
 
-def _check_splits(recipe: PreparationRecipe, train: int, validation: int) -> None:
-    if not train:
-        raise UserError("no document is left to train on", why="all input was empty, defective or held out")
-    if recipe.validation_fraction and not validation:
-        raise UserError(
-            f"validation_fraction={recipe.validation_fraction} holds out none of {train} documents",
-            nearest="a larger share, more documents, or validation_fraction=0",
-        )
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
 
 
-def _tidy(recipe: PreparationRecipe, directory: Path, tasks: Sequence[ShardTask]) -> None:
-    """Remove shards of earlier inputs, or all of them when they are not to be kept."""
+def _tidy(recipe: PreparationRecipe, directory: Path, plan: Sequence[Stage], tasks: Sequence[ShardTask]) -> None:
+    """Remove shards and results of dedup of earlier inputs, or everything when shards are not to be kept."""
     if not recipe.keep_shards:
-        shutil.rmtree(directory / _SHARDS)
+        shutil.rmtree(directory / SHARDS)
         return
     current = {task.prefix.name for task in tasks}
-    for path in (directory / _SHARDS).iterdir():
+    in_use = {part for stage in plan for part in stage.logs.parts}
+    for path in (directory / SHARDS).iterdir():
         number = path.name.split(".")[0]
         if number.isdigit() and number not in current:
             path.unlink()
+        elif path.name.startswith(DEDUP) and path.name not in in_use:
+            shutil.rmtree(path)
 
 
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
+        TextColumn("{task.percentage:>3.0f}% of {task.fields[amount]}"),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from typing import IO, Any
 
 from data_prep.inputs import InputFile
-from nemotron3_megatron.config.errors import UserError
+from data_prep.libraries import library
 
 _ROWS_AT_A_TIME = 1024
 _BUFFER_BYTES = 1 << 20
@@ -26,11 +25,13 @@ _DAMAGE = (OSError, EOFError, ValueError, zlib.error)
 class Document:
     """A text with the place it comes from."""
 
-    text: bytes
-    """UTF-8, checked."""
+    text: str
+    """Encodable as UTF-8."""
     where: str
     position: int
     """Bytes of the input file used up so far (compressed bytes if it is compressed)."""
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """The other keys or columns that were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,82 +43,122 @@ class Defect:
     position: int
 
 
-def read(file: InputFile, text_field: str) -> Iterator[Document | Defect]:
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What is read of a record."""
+
+    text: str = "text"
+    others: tuple[str, ...] = ()
+
+
+def read(file: InputFile, keys: Keys) -> Iterator[Document | Defect]:
     """The documents of a file in order. After a defect of the file itself, such as a truncated archive, it ends."""
     position = 0
     try:
-        for item in _READERS[file.format](file, text_field):
+        for item in _READERS[file.format](file, keys):
             position = item.position
             yield item
     except _DAMAGE as error:
-        yield Defect(file.name, f"the file is damaged: {_brief(error)}", position)
+        yield Defect(file.name, f"the file is damaged: {brief(error)}", position)
 
 
-def _read_text(file: InputFile, _: str) -> Iterator[Document | Defect]:
-    with _opened(file) as (stream, _raw):
+def _read_text(file: InputFile, _: Keys) -> Iterator[Document | Defect]:
+    with opened(file) as (stream, _raw):
         data = stream.read()
-    yield _document(data.removeprefix(b"\xef\xbb\xbf"), file.name, file.size)
+    yield document(data.removeprefix(b"\xef\xbb\xbf"), file.name, file.size)
 
 
-def _read_jsonl(file: InputFile, text_field: str) -> Iterator[Document | Defect]:
-    with _opened(file) as (stream, raw):
+def _read_jsonl(file: InputFile, keys: Keys) -> Iterator[Document | Defect]:
+    with opened(file) as (stream, raw):
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield _json_document(line, text_field, f"{file.name}:{number}", raw.tell())
+                yield _json_document(line, keys, f"{file.name}:{number}", raw.tell())
 
 
-def _json_document(line: bytes, text_field: str, where: str, position: int) -> Document | Defect:
+def _json_document(line: bytes, keys: Keys, where: str, position: int) -> Document | Defect:
     try:
         record = json.loads(line)
     except ValueError as error:
-        return Defect(where, f"not JSON: {_brief(error)}", position)
-    if not isinstance(record, dict) or text_field not in record:
-        has = f"it has {', '.join(record)}" if isinstance(record, dict) else "it is no object"
-        return Defect(where, f"no key {text_field!r}: {has}", position)
-    return _from_str(record[text_field], text_field, where, position)
+        return Defect(where, f"not JSON: {brief(error)}", position)
+    if not isinstance(record, dict):
+        return Defect(where, f"no key {keys.text!r}: it is no object", position)
+    return _from_record(record, keys, where, position)
 
 
-def _read_parquet(file: InputFile, text_field: str) -> Iterator[Document | Defect]:
-    table = _pyarrow("pyarrow.parquet").ParquetFile(file.path)
-    names, rows = table.schema_arrow.names, table.metadata.num_rows
-    if text_field not in names:
-        yield Defect(file.name, f"no column {text_field!r}: it has {', '.join(names)}", 0)
+def _read_parquet(file: InputFile, keys: Keys) -> Iterator[Document | Defect]:
+    table = library("pyarrow.parquet").ParquetFile(file.path)
+    names = table.schema_arrow.names
+    if keys.text not in names:
+        yield Defect(file.name, f"no column {keys.text!r}: it has {', '.join(names)}", 0)
         return
+    columns = [name for name in (keys.text, *keys.others) if name in names]
+    batches = table.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=columns)
+    yield from _rows(file, keys, batches, lambda number: file.size * number // table.metadata.num_rows)
+
+
+def _read_arrow(file: InputFile, keys: Keys) -> Iterator[Document | Defect]:
+    """A stream of record batches, as ``datasets.Dataset.save_to_disk`` writes them."""
+    with file.path.open("rb") as raw, library("pyarrow").ipc.open_stream(raw) as reader:
+        if keys.text not in reader.schema.names:
+            yield Defect(file.name, f"no column {keys.text!r}: it has {', '.join(reader.schema.names)}", 0)
+            return
+        yield from _rows(file, keys, reader, lambda _: min(raw.tell(), file.size))
+
+
+def _rows(file: InputFile, keys: Keys, batches: Any, position_of: Any) -> Iterator[Document | Defect]:
     number = 0
-    for batch in table.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=[text_field]):
-        for cell in batch.column(0):
+    for batch in batches:
+        columns = {name: batch.column(name) for name in (keys.text, *keys.others) if name in batch.schema.names}
+        for row in range(batch.num_rows):
             number += 1
-            where, position = f"{file.name}: row {number}", file.size * number // rows
+            where, position = f"{file.name}: row {number}", position_of(number)
             try:
-                value = cell.as_py()
+                record = {name: column[row].as_py() for name, column in columns.items()}
             except UnicodeDecodeError as error:
-                yield Defect(where, f"not UTF-8: {_brief(error)}", position)
+                yield Defect(where, f"not UTF-8: {brief(error)}", position)
             else:
-                yield _from_str(value, text_field, where, position)
+                yield _from_record(record, keys, where, position)
 
 
-_READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+def _read_warc(file: InputFile, _: Keys) -> Iterator[Document | Defect]:
+    from data_prep.warc import read_warc
+
+    with opened(file) as (stream, raw):
+        yield from read_warc(stream, raw, file.name)
 
 
-def _from_str(value: object, text_field: str, where: str, position: int) -> Document | Defect:
-    if not isinstance(value, str):
-        return Defect(where, f"{text_field!r} is {type(value).__name__}, not text", position)
+_READERS = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+    "warc": _read_warc,
+}
+
+
+def _from_record(record: Mapping[str, object], keys: Keys, where: str, position: int) -> Document | Defect:
+    if missing := [key for key in (keys.text, *keys.others) if key not in record]:
+        return Defect(where, f"no key {missing[0]!r}: it has {', '.join(record)}", position)
+    text = record[keys.text]
+    if not isinstance(text, str):
+        return Defect(where, f"{keys.text!r} is {type(text).__name__}, not text", position)
     try:
-        return Document(value.encode(), where, position)
+        text.encode()
     except UnicodeEncodeError as error:
         return Defect(where, f"not valid Unicode: {error.reason}", position)
+    return Document(text, where, position, {key: record[key] for key in keys.others})
 
 
-def _document(data: bytes, where: str, position: int) -> Document | Defect:
+def document(data: bytes, where: str, position: int) -> Document | Defect:
+    """UTF-8 as a document."""
     try:
-        data.decode()
+        return Document(data.decode(), where, position)
     except UnicodeDecodeError as error:
         return Defect(where, f"not UTF-8 at byte {error.start}", position)
-    return Document(data, where, position)
 
 
 @contextmanager
-def _opened(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def opened(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The unpacked stream, and the raw one whose ``tell`` is the progress."""
     with file.path.open("rb") as raw:
         if file.path.suffix == ".gz":
@@ -125,22 +166,12 @@ def _opened(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
                 yield unpacked, raw  # type: ignore[misc]  # GzipFile reads like IO[bytes]
         elif file.path.suffix == ".zst":
             # pyarrow and not zstandard, whose stream reader ends a truncated file without an error
-            with _pyarrow("pyarrow").CompressedInputStream(raw, "zstd") as unpacked:
+            with library("pyarrow").CompressedInputStream(raw, "zstd") as unpacked:
                 yield BufferedReader(unpacked, _BUFFER_BYTES), raw
         else:
             yield raw, raw
 
 
-def _pyarrow(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            "reading parquet and .zst needs the package pyarrow",
-            why=str(error),
-            nearest="pip install pyarrow (part of the extra [data])",
-        ) from error
-
-
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
+    """The first line of a library's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_prep.inputs import InputFile
-from data_prep.readers import Defect, Document, read
+from data_prep.readers import Defect, Document, Keys, read
 from data_prep.recipe import Policy
 from nemotron3_megatron.config.errors import UserError
 
@@ -39,17 +39,19 @@ def split_of(text: bytes, validation_fraction: float) -> Split:
 
     The first 8 bytes of the text's sha256, as a number in [0, 1), are below the fraction: validation.
     """
+    if not validation_fraction:
+        return "train"
     draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
     return "validation" if draw < validation_fraction * 2**64 else "train"
 
 
-def documents(file: InputFile, text_field: str, policy: Policy, losses: Losses) -> Iterator[Document]:
+def documents(file: InputFile, keys: Keys, policy: Policy, losses: Losses) -> Iterator[Document]:
     """The documents of a file that are not empty; everything else is counted in ``losses``.
 
     Raises:
-        UserError: a defect, when the policy is ``error``.
+        UserError: a defect, when the policy is ``stop``.
     """
-    for item in read(file, text_field):
+    for item in read(file, keys):
         if isinstance(item, Document):
             if item.text:
                 yield item
@@ -57,7 +59,7 @@ def documents(file: InputFile, text_field: str, policy: Policy, losses: Losses) 
                 losses.empty_documents += 1
             continue
         losses.add(item)
-        if policy == "error":
+        if policy == "stop":
             raise UserError(
                 f"{file.path} cannot be used",
                 where=item.where,

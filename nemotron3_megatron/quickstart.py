@@ -170,7 +170,7 @@ def _generate(console: Console, checkpoint: Path) -> None:
     from nemotron3_megatron.evaluate.sampling import Sampling
     from nemotron3_megatron.evaluate.trained import trained
 
-    with trained(checkpoint) as model:
+    with trained(checkpoint, spec="torch") as model:
         for prompt in PROMPTS:
             text = complete(model, prompt, Sampling(), max_new_tokens=NEW_TOKENS, seed=0)
             body = Text().append(prompt, "bold").append(text, "green")

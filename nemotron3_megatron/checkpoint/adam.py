@@ -10,33 +10,36 @@ five appear with torch's Adam, which counts steps in one tensor per parameter; 6
 some parameters in FP32 (A_log, D, dt_bias, router), whatever the Adam; 8 with any. Each is repaired in one place:
 
 1. no state before the first step ................ :func:`allocate_state`
-2. ``KeyError: 'step'`` while loading ............ :func:`steps_set_aside`
+2. ``KeyError: 'step'`` while loading ............ :func:`sharded_state` (tensors are read into place by name)
 3. all parameters share one step tensor .......... :func:`set_step`
 4. dense and expert optimizers nest differently .. :func:`sharded_state` (tensors only, keyed by parameter)
 5. prefixes of plain chained optimizers .......... :func:`sharded_state` (the same)
 6. distributed optimizer: parameters mixed up .... :func:`correct_places`
 7. plain BF16 optimizer: parameters mixed up ..... :func:`_plain_state`
-8. several gradient buckets: state shifted ....... :func:`_distributed_state`
+8. several gradient buckets: state shifted ....... :func:`_distributed_state` (shards are stored where they lie)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+
+from nemotron3_megatron.checkpoint import boxes
 
 PREFIX = "optimizer.state"
 """Checkpoint keys of optimizer tensors begin with this (Megatron-Core's own choice)."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
+_Stored = tuple[torch.nn.Parameter, int, dict[str, torch.Tensor]]
+"""A model parameter, the first element of it that is stored here, and the FP32 tensors from there on."""
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -68,6 +71,19 @@ def gather_weights(optimizer: MegatronOptimizer) -> None:
         chunk.start_param_sync(force_sync=True)
 
 
+def weights_from_masters(optimizer: MegatronOptimizer) -> None:
+    """Make the model's weights, on every rank, those that the optimizer holds in FP32. A collective.
+
+    For a checkpoint of another dtype: the weights in it have been rounded to BF16, or are about to be.
+    """
+    for part in parts(optimizer):
+        if not isinstance(part, FP32Optimizer):
+            part._copy_main_params_to_model_params()
+        if isinstance(part, DistributedOptimizer):
+            for chunk in part.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+
 def correct_places(part: DistributedOptimizer) -> None:
     """Recompute where each model parameter's shard stands in its parameter group.
 
@@ -88,7 +104,7 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
 
     Repairs optimizer/distrib_optimizer.py:839, where ``state_dict()`` of an optimizer that has not stepped
     fails an assertion, and :1217, where a load fills only state that exists already: a fresh process would
-    get its master weights and silently lose both moments.
+    get its master weights and silently lose both moments. (Ours, too, needs tensors to read into.)
     """
     step = current_step(optimizer)
     for part in parts(optimizer):
@@ -129,28 +145,11 @@ def set_step(optimizer: MegatronOptimizer, step: int) -> None:
                 group["step"] = step
 
 
-@contextmanager
-def steps_set_aside(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Hide torch's per-parameter steps while tensors are loaded; :func:`set_step` gives new ones afterwards.
+def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -> list[ShardedTensor]:
+    """The optimizer's live FP32 tensors on this rank, to be saved from or loaded into, in place.
 
-    Repairs optimizer/distrib_optimizer.py:1219-1223: the load looks up every tensor of a parameter's state in
-    the checkpoint, which has no ``step`` per parameter (``KeyError: 'step'``).
-    """
-    step = current_step(optimizer)
-    for part in parts(optimizer):
-        if isinstance(part.optimizer, _TORCH_ADAM):
-            for state in part.optimizer.state.values():
-                state.pop("step", None)
-    try:
-        yield
-    finally:
-        set_step(optimizer, step)
-
-
-def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """The optimizer's tensors as ``ShardedTensor``s (or factories), for saving or as a load template.
-
-    Only tensors, each keyed by its model parameter. Repairs optimizer/optimizer.py:1547-1566, where a chain of
+    A distributed optimizer gives its own shard, cut into boxes (:mod:`.boxes`): nothing is gathered and nothing
+    copied, whatever the number of data-parallel ranks. Repairs optimizer/optimizer.py:1547-1566, where a chain of
     one (EP=1) nests its non-tensor part differently from a chain of two (EP>1), so that EP2 -> EP1 fails with
     ``KeyError: 'optimizer'``, and :1551-1556, where plain optimizers get ``chained_N.`` prefixes that depend
     on the number of optimizers in the chain.
@@ -158,78 +157,48 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loa
     Args:
         optimizer: after :func:`prepare`.
         model: sharded state dict of the model whose values hold the live parameters.
-        is_loading: True builds empty tensors instead of gathering the real ones.
 
     Raises:
         TypeError: an optimizer this module does not know how to store.
     """
-    states: dict[str, Any] = {}
     entries = {id(entry.data): entry for entry in nested_values(model) if entry.data is not None}
-    for index, part in enumerate(parts(optimizer)):
-        if isinstance(part, DistributedOptimizer):
-            states[str(index)] = _distributed_state(part, entries, is_loading)
-        else:
-            states[str(index)] = _plain_state(part, entries)
-    return states
+    found = []
+    for part in parts(optimizer):
+        distributed = isinstance(part, DistributedOptimizer)
+        for parameter, start, tensors in _distributed_state(part) if distributed else _plain_state(part):
+            cut = boxes.pieces(entries[id(parameter)])
+            for name, tensor in tensors.items():
+                found += boxes.sharded(cut, f"{PREFIX}.{name}", start, tensor.detach().view(-1), alone=distributed)
+    return found
 
 
-def load_sharded_state(optimizer: MegatronOptimizer, states: dict[str, Any]) -> None:
-    """Copy loaded tensors (structure of :func:`sharded_state`) into the optimizer. Steps are left alone."""
-    with torch.no_grad(), steps_set_aside(optimizer):
-        for index, part in enumerate(parts(optimizer)):
-            loaded = states[str(index)]
-            if isinstance(part, DistributedOptimizer):
-                part.load_parameter_state_from_fully_reshardable(loaded)
-                continue
-            for row, (_, main) in enumerate(_plain_parameters(part)):
-                main.copy_(loaded[row]["param"])
-                for name in _MOMENTS:
-                    part.optimizer.state[main][name].copy_(loaded[row][name])
+def _distributed_state(part: DistributedOptimizer) -> Iterator[_Stored]:
+    """Of this rank's shards, as they are.
 
-
-def _distributed_state(part: DistributedOptimizer, entries: dict[int, Any], is_loading: bool) -> dict[int, Any]:
-    """Tensors of a distributed optimizer, gathered from the data-parallel ranks.
-
-    Repairs optimizer/distrib_optimizer.py:1757-1786 (``fully_reshardable``), which looks a parameter up at its
-    offset in the gradient buffer, while the gathered tensors have no padding between buckets (:1397). Behind a
-    padded bucket all state is saved shifted, silently: with overlapped reduction, or with MTP under pipeline
-    parallelism, where the embedding has a bucket of its own.
+    Repairs optimizer/distrib_optimizer.py:1757-1786 (``fully_reshardable``), which gathers the state of all
+    data-parallel ranks on each of them and then looks a parameter up at its offset in the gradient buffer, while the
+    gathered tensors have no padding between buckets (:1397): behind a padded bucket (overlapped reduction, or MTP
+    under pipeline parallelism, where the embedding has a bucket of its own) all state is saved shifted, silently.
     """
-    gathered = part.get_parameter_state_dp_zero(use_gloo_comm=False, empty_data=is_loading, return_on_all_ranks=True)
-    states: dict[int, Any] = {}
-    for index, buffer in enumerate(part.buffers):
-        (whole,) = gathered[index].values()
-        starts = list(accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
-        for parameter, (begin, end, bucket) in buffer.param_index_map.items():
-            place = starts[bucket] + begin - buffer.buckets[bucket].offset
-            states[len(states)] = _stored(
-                entries[id(parameter)],
-                {name: whole[name][place : place + end - begin].view(parameter.shape) for name in ("param", *_MOMENTS)},
-            )
-    return states
+    for by_type in part.gbuf_ranges:
+        for buckets in by_type.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    live, own = part._get_main_param_and_optimizer_states(parameter), ranges["param"]
+                    if live["param"].numel() != own.size:
+                        raise RuntimeError(f"the optimizer holds {live['param'].numel()} of {own.size} elements")
+                    yield parameter, own.start, {name: live[name] for name in ("param", *_MOMENTS)}
 
 
-def _plain_state(part: MegatronOptimizer, entries: dict[int, Any]) -> dict[int, Any]:
-    """Tensors of a non-distributed optimizer under the keys that the distributed one uses.
+def _plain_state(part: MegatronOptimizer) -> Iterator[_Stored]:
+    """Of a non-distributed optimizer: every parameter whole.
 
     Repairs optimizer/optimizer.py:1148, where the BF16 optimizer numbers only its BF16 parameters but looks
     them up by their place among all: with FP32 parameters in between state is stored under the wrong
     parameter, or fails on its shape.
     """
-    return {
-        row: _stored(
-            entries[id(parameter)], {"param": main, **{name: part.optimizer.state[main][name] for name in _MOMENTS}}
-        )
-        for row, (parameter, main) in enumerate(_plain_parameters(part))
-    }
-
-
-def _stored(entry: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """One parameter's optimizer tensors, sharded as the parameter itself (``entry``) is."""
-    return {
-        name: make_sharded_optimizer_tensor(entry, tensor.detach(), f"{PREFIX}.{name}")
-        for name, tensor in tensors.items()
-    }
+    for parameter, main in _plain_parameters(part):
+        yield parameter, 0, {"param": main, **{name: part.optimizer.state[main][name] for name in _MOMENTS}}
 
 
 def _plain_parameters(part: MegatronOptimizer) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 
@@ -31,6 +32,25 @@ def on_every_rank[T](action: Callable[[], T]) -> list[T]:
     outcomes = [mine] * dist.get_world_size()
     dist.all_gather_object(outcomes, mine)
     return [outcome.result() for outcome in outcomes]
+
+
+def to_rank_zero[T](value: T) -> list[T] | None:
+    """Every rank's value in rank order, on rank 0; None elsewhere. A collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T] | None = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
+def lowest(value: int) -> int:
+    """The smallest of all ranks' values. A collective of one number, cheap enough for every step."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MIN)
+    return int(number.item())
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,15 @@ def wanted_shapes(content: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {key: shape for rank in on_every_rank(lambda: mine) for key, shape in rank.items()}
 
 
+def has_other_dtypes(path: Path, content: dict[str, Any]) -> bool:
+    """Whether any rank would load a tensor that is stored in another dtype. A collective."""
+    index = dist_checkpointing.load_tensors_metadata(str(path))
+    copy, _ = extract_matching_values(content, lambda _: True)
+    apply_factories(copy)
+    mine = [item.dtype != index[item.key].dtype for item in nested_values(copy) if isinstance(item, ShardedTensor)]
+    return any(on_every_rank(lambda: any(mine)))
+
+
 def differences(stored: Shapes, wanted: Shapes) -> list[tuple[str, str, str]]:
     """Rows (tensor, shape in the checkpoint, shape in the model) for all that does not match.
 

@@ -9,12 +9,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from nemotron3_megatron.checkpoint import adam, rng
-from nemotron3_megatron.checkpoint.writer import InProcessSave
 from nemotron3_megatron.model.builder import model_sharded_state
 
 _EXTRA_STATE = "_extra_state"
@@ -33,49 +31,37 @@ def layout(chunks: list[MegatronModule]) -> dict[str, int]:
     }
 
 
-def save(directory: Path, chunks: list[MegatronModule], optimizer: MegatronOptimizer | None) -> None:
-    """Write all tensors into the existing, empty ``directory``. A collective.
-
-    Raises:
-        torch.distributed.checkpoint.CheckpointException: some rank could not write.
-    """
+def to_save(chunks: list[MegatronModule], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    """Everything that a checkpoint holds, as live tensors. A collective."""
     if optimizer is not None:
         adam.gather_weights(optimizer)
         adam.prepare(optimizer)
-    tensors = sharded(chunks, optimizer, is_loading=False)
-    # Replicas share the writing.
-    strategy = FullyParallelSaveStrategyWrapper(InProcessSave(), unwrapped(chunks[0]).pg_collection.dp_cp)
-    dist_checkpointing.save({**tensors, "rng": _rng_shard(rng.capture())}, str(directory), strategy)
+    return {**sharded(chunks, optimizer), "rng": _rng_shard(rng.capture())}
 
 
-def sharded(chunks: list[MegatronModule], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    """Sharded state dict of the model, and of the optimizer if there is one."""
+def sharded(chunks: list[MegatronModule], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    """Sharded state dict of the live tensors of the model, and of the optimizer if there is one."""
     model = {f"model{index}": _model_tensors(chunk) for index, chunk in enumerate(chunks)}
     if optimizer is None:
         return model
-    return {**model, "optimizer": adam.sharded_state(optimizer, model, is_loading=is_loading)}
+    return {**model, "optimizer": adam.sharded_state(optimizer, model)}
 
 
-def load(
-    directory: Path,
-    template: dict[str, Any],
-    chunks: list[MegatronModule],
-    optimizer: MegatronOptimizer | None,
-    *,
-    with_rng: bool,
-) -> None:
-    """Read the tensors of ``template`` (from :func:`sharded`) into the model and the optimizer. A collective."""
-    content = {**template, "rng": _rng_shard(None)} if with_rng else template
-    loaded = dist_checkpointing.load(content, str(directory))
+def load(directory: Path, template: dict[str, Any], chunks: list[MegatronModule], *, with_rng: bool) -> None:
+    """Read the tensors of ``template`` (from :func:`sharded`) into place. A collective."""
+    optimizer = template.get("optimizer")
+    models = {name: tensors for name, tensors in template.items() if name != "optimizer"}
+    loaded = dist_checkpointing.load({**models, "rng": _rng_shard(None)} if with_rng else models, str(directory))
     for index, chunk in enumerate(chunks):
         missing, unexpected = unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
         wrong = [name for name in (*missing, *unexpected) if not name.endswith(_EXTRA_STATE)]
         if wrong:
             raise RuntimeError(f"the model and its sharded state dict disagree on {wrong}")
-    if optimizer is not None:
-        adam.load_sharded_state(optimizer, loaded["optimizer"])
     if with_rng:
         rng.restore(loaded["rng"])
+    if optimizer is not None:
+        # Last: an FP32 parameter is its own master, and weights that were saved in BF16 know less of it.
+        dist_checkpointing.load({"optimizer": optimizer}, str(directory))
 
 
 def unwrapped(chunk: MegatronModule) -> MegatronModule:

@@ -27,6 +27,16 @@ class FileRecord:
     crc32: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Fingerprint of a tensor as it was in the training process, not on disk (:func:`.writing.fingerprint`)."""
+
+    key: str
+    offset: tuple[int, ...]
+    """Of the part that one rank wrote."""
+    crc32: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What is known about a checkpoint without reading its tensors."""
@@ -41,6 +51,8 @@ class Manifest:
     """Every other file, by path relative to the checkpoint."""
     state: dict[str, Any]
     """The training state handed to ``save``: JSON values only."""
+    samples: tuple[Sample, ...] = ()
+    """Of some live tensors; what is on disk was compared with them before the checkpoint became visible."""
     format: int = FORMAT
 
 
@@ -59,7 +71,7 @@ def write(manifest: Manifest, directory: Path) -> None:
         json.dump(asdict(manifest), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    sync_directory(directory)
+    sync(directory)
 
 
 def read(directory: Path) -> Manifest:
@@ -73,7 +85,8 @@ def read(directory: Path) -> Manifest:
         if fields["format"] != FORMAT:
             raise ValueError(f"{FILE_NAME} has format {fields['format']}, this version reads format {FORMAT}")
         files = {name: FileRecord(**values) for name, values in fields.pop("files").items()}
-        return Manifest(files=files, **fields)
+        samples = tuple(Sample(s["key"], tuple(s["offset"]), s["crc32"]) for s in fields.pop("samples", ()))
+        return Manifest(files=files, samples=samples, **fields)
     except FileNotFoundError:
         raise ValueError(f"it has no {FILE_NAME}, so it was never completed") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -107,9 +120,9 @@ def verify_contents(manifest: Manifest, directory: Path, *, share: int = 0, shar
             raise ValueError(f"{name} is damaged (its checksum differs)")
 
 
-def sync_directory(directory: Path) -> None:
-    """Force the entries of ``directory`` (creations, renames) to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a directory (creations, renames), to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,13 +1,8 @@
-"""Checkpoints of a run on disk: published atomically, verified before use, never the last good one lost."""
+"""Checkpoints of a run: published atomically, verified before use, never the last good one lost."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +11,16 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemotron3_megatron.checkpoint import adam, compare, content, manifest
+from nemotron3_megatron.checkpoint import adam, compare, content, manifest, writing
+from nemotron3_megatron.checkpoint.claim import Claim
 from nemotron3_megatron.checkpoint.collective import is_rank_zero, on_every_rank, on_rank_zero
-from nemotron3_megatron.checkpoint.manifest import FileRecord, Manifest
+from nemotron3_megatron.checkpoint.directory import CheckpointDirectory, warn_of_damage
+from nemotron3_megatron.checkpoint.manifest import Manifest
+from nemotron3_megatron.checkpoint.retention import Retention
+from nemotron3_megatron.checkpoint.saving import Saver
 from nemotron3_megatron.config.errors import UserError
 
 _log = logging.getLogger(__name__)
-
-_NAME = re.compile(r"step_(\d{8,})")
-_SCRATCH = re.compile(r"\.step_\d{8,}\.(partial|deleted)")
-_RETIRED = re.compile(r"\.(step_\d{8,})\.retired")
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -40,11 +35,32 @@ def load_state(path: Path) -> dict[str, Any]:
 class CheckpointStore:
     """The checkpoints of one run: ``<run_dir>/checkpoints/step_XXXXXXXX/``.
 
-    ``save``, ``newest`` and ``load`` are collectives over all ranks, which must share the directory.
+    ``claim``, ``release`` and everything that saves or loads are collectives over all ranks, which must share the
+    directory. A checkpoint is written under a hidden name and renamed once every byte is on disk, so that a
+    directory called ``step_XXXXXXXX`` is always complete, whenever any process is killed.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._root = Path(run_dir) / "checkpoints"
+        self._run_dir = Path(run_dir)
+        self._directory = CheckpointDirectory(run_dir)
+        self._saver = Saver(self._directory, self._require_claim)
+        self._claim: Claim | None = None
+        self._intact: Path | None = None
+
+    def claim(self) -> None:
+        """Keep other jobs out of the run directory until :meth:`release`, or until this process ends.
+
+        Raises:
+            UserError: another job is in it.
+        """
+        on_rank_zero(self._take_claim)
+
+    def release(self) -> None:
+        """End the claim, and the worker if there is one."""
+        self._saver.close()
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def save(
         self,
@@ -57,9 +73,7 @@ class CheckpointStore:
     ) -> Path:
         """Save and publish a checkpoint, then delete those older than the newest ``keep_last``.
 
-        It is written under a hidden name and renamed once every byte is on disk, so that a directory called
-        ``step_XXXXXXXX`` is always complete, whenever the process is killed. One of the same step (left behind
-        by a roll-back, or damaged) is replaced.
+        One of the same step (left behind by a roll-back, or damaged) is replaced.
 
         Args:
             step: optimizer steps done.
@@ -75,29 +89,53 @@ class CheckpointStore:
             UserError: it could not be written (full disk, permissions); the earlier ones are untouched.
             TypeError: ``state`` is not JSON.
         """
-        json.dumps(state)
-        final = self._root / f"step_{step:08d}"
-        partial = self._root / f".{final.name}.partial"
-        try:
-            on_rank_zero(lambda: self._make_room(partial))
-            content.save(partial, chunks, optimizer)
-            document = Manifest(
-                step=step,
-                optimizer_step=None if optimizer is None else adam.current_step(optimizer),
-                layout=content.layout(chunks),
-                files=_written_files(partial),
-                state=state,
-            )
-            on_rank_zero(lambda: _publish(partial, final, document))
-        except (OSError, CheckpointException) as error:
-            raise self._save_error(step, partial, error) from error
-        if keep_last is not None:
-            on_rank_zero(lambda: self._delete_oldest(keep_last))
+        final = self._saver.save(step, chunks, optimizer, state)
+        self.retain(Retention(keep_last))
         return final
 
+    @property
+    def saver(self) -> Saver:
+        """For saving while training goes on."""
+        return self._saver
+
+    def retain(self, rule: Retention) -> None:
+        """Delete the checkpoints that ``rule`` does not keep."""
+        on_rank_zero(lambda: self._directory.retain(rule))
+
     def newest(self) -> Path | None:
-        """The newest complete checkpoint, or None. Damaged ones are passed over with a warning that says why."""
-        return on_rank_zero(lambda: next(self._complete(), None))
+        """The newest good checkpoint, every byte of it read; None if there is nothing that looks like one.
+
+        Damaged ones are passed over with a warning that says why; one whose bytes have changed is renamed.
+
+        Raises:
+            UserError: there are checkpoints, but none is good (a fresh start would overwrite the run's records).
+        """
+        candidates = on_rank_zero(self._candidates)
+        for path in candidates:
+            try:
+                self._verify_contents(path)
+            except UserError as damage:
+                if is_rank_zero():
+                    warn_of_damage(path, damage)
+                    if isinstance(damage, _Damaged):
+                        self._directory.set_aside(path)
+            else:
+                self._intact = path
+                return path
+        if not on_rank_zero(self._directory.is_new):
+            raise UserError(
+                f"run_dir={self._run_dir}",
+                why="none of its checkpoints is intact",
+                nearest="checkpoint.load=DIR of another run, and another run_dir",
+            )
+        return None
+
+    def back(self, checkpoints: int, step: int) -> Path | None:
+        """The ``checkpoints``-th newest complete checkpoint before ``step``, or None. Newer ones are set aside as
+        ``abandoned_step_XXXXXXXX``: a later start must not continue from what was rolled back."""
+        if self._saver.under_way:
+            self._saver.poll(wait=True)
+        return on_rank_zero(lambda: self._directory.back(checkpoints, step))
 
     def load(self, path: Path, chunks: list[MegatronModule], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
         """Load a checkpoint, saved under any layout and by either kind of optimizer, into a built model.
@@ -114,93 +152,46 @@ class CheckpointStore:
         """
         path = Path(path)
         found = on_rank_zero(lambda: _verified(path))
-        on_every_rank(lambda: _verify_share(path, found))
+        if path != self._intact:
+            self._verify_contents(path)
         layout = content.layout(chunks)
         if optimizer is not None:
             if found.optimizer_step is None:
                 raise UserError(f"checkpoint {path}", why="it holds weights only, no optimizer state to resume from")
             adam.prepare(optimizer)
-        template = content.sharded(chunks, optimizer, is_loading=True)
+        template = content.sharded(chunks, optimizer)
         _require_match(path, template, weights_only=optimizer is None)
         try:
-            content.load(path, template, chunks, optimizer, with_rng=found.layout == layout)
+            other_dtypes = compare.has_other_dtypes(path, template)
+            content.load(path, template, chunks, with_rng=found.layout == layout)
         except (OSError, CheckpointException) as error:
-            raise UserError(f"checkpoint {path}", why=f"it cannot be read: {_cause(error)}") from error
+            raise UserError(f"checkpoint {path}", why=f"it cannot be read: {writing.system_error(error)}") from error
         if optimizer is not None and found.optimizer_step is not None:
             adam.set_step(optimizer, found.optimizer_step)
+            if other_dtypes:
+                adam.weights_from_masters(optimizer)
         if found.layout != layout:
             _log.info("resumed under another layout: %s -> %s", found.layout, layout)
         return found.state
 
-    def _complete(self) -> Iterator[Path]:
-        """Complete checkpoints, newest first."""
-        self._recover_retired()
-        directories = self._root.glob("step_*") if self._root.is_dir() else ()
-        for path in sorted((path for path in directories if _NAME.fullmatch(path.name)), key=_step_of, reverse=True):
-            try:
-                manifest.verify(path)
-            except ValueError as damage:
-                _log.warning("checkpoint %s is damaged: %s; falling back to the one before it", path, damage)
-            else:
-                yield path
+    def _candidates(self) -> list[Path]:
+        self._directory.recover()
+        return list(self._directory.complete())
 
-    def _make_room(self, partial: Path) -> None:
-        """An empty ``partial``, without what earlier, killed processes left behind."""
-        self._recover_retired()
-        self._root.mkdir(parents=True, exist_ok=True)
-        for path in self._root.iterdir():
-            if _SCRATCH.fullmatch(path.name):
-                shutil.rmtree(path)
-        partial.mkdir()
+    def _take_claim(self) -> None:
+        self._claim = Claim.take(self._run_dir)
 
-    def _recover_retired(self) -> None:
-        """Undo the replacement of a checkpoint that was killed between its two renames."""
-        for path in self._root.glob(".step_*.retired"):
-            match = _RETIRED.fullmatch(path.name)
-            if match is None:
-                continue
-            final = self._root / match[1]
-            if final.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(final)
+    def _require_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.require()
 
-    def _delete_oldest(self, keep_last: int) -> None:
-        for path in list(self._complete())[max(keep_last, 1) :]:
-            doomed = self._root / f".{path.name}.deleted"
-            path.rename(doomed)  # at once, so that no half-deleted directory ever looks like a checkpoint
-            shutil.rmtree(doomed)
-
-    def _save_error(self, step: int, partial: Path, error: BaseException) -> UserError:
-        if is_rank_zero():
-            shutil.rmtree(partial, ignore_errors=True)
-        previous = next((path.name for path in self._complete()), None) if is_rank_zero() else None
-        intact = f"; {previous} is intact" if previous else ""
-        return UserError(
-            f"the checkpoint of step {step} could not be saved", where=str(self._root), why=_cause(error) + intact
-        )
+    def _verify_contents(self, path: Path) -> None:
+        found = on_rank_zero(lambda: _verified(path))
+        on_every_rank(lambda: _verify_share(path, found))
 
 
-def _written_files(directory: Path) -> dict[str, FileRecord]:
-    """Records of all files of a checkpoint, each taken by the rank that wrote it. A collective."""
-
-    def mine() -> dict[str, FileRecord]:
-        shards = list(directory.glob(f"__{dist.get_rank()}_*"))
-        indices = [path for path in directory.iterdir() if not path.name.startswith("__")] if is_rank_zero() else []
-        return {path.name: manifest.record(path) for path in (*shards, *indices)}
-
-    return {name: record for files in on_every_rank(mine) for name, record in files.items()}
-
-
-def _publish(partial: Path, final: Path, document: Manifest) -> None:
-    """Complete ``partial`` with its manifest and give it its final name."""
-    manifest.write(document, partial)
-    retired = final.parent / f".{final.name}.retired"
-    if final.exists():
-        final.rename(retired)
-    partial.rename(final)
-    manifest.sync_directory(final.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+class _Damaged(UserError):
+    """Bytes have changed since they were written; not: a disk that did not answer."""
 
 
 def _require_match(path: Path, template: dict[str, Any], *, weights_only: bool) -> None:
@@ -225,29 +216,10 @@ def _verified(path: Path) -> Manifest:
 
 def _verify_share(path: Path, found: Manifest) -> None:
     """Read this rank's share of the files."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        manifest.verify_contents(found, path, share=dist.get_rank(), shares=dist.get_world_size())
-    except (ValueError, OSError) as damage:
-        raise UserError(
-            f"checkpoint {path}",
-            why=f"{damage}; remove it, and the run continues from the one before it",
-        ) from None
-
-
-def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
-
-
-def _cause(error: BaseException) -> str:
-    """The first system error behind ``error`` in words, with the rank it happened on."""
-    failures = error.failures if isinstance(error, CheckpointException) else {None: (error, None)}
-    for rank, (failure, _) in sorted(failures.items(), key=lambda item: item[0] or 0):
-        place = "" if rank is None else f" on rank {rank}"
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, OSError) and cause.errno is not None:
-                return f"{os.strerror(cause.errno)}{place}"
-            cause = cause.__cause__ or cause.__context__
-    return f"{failure}{place}"
+        manifest.verify_contents(found, path, share=rank, shares=size)
+    except ValueError as damage:
+        raise _Damaged(f"checkpoint {path}", why=str(damage)) from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path}", why=f"it cannot be read: {error.strerror or error}") from None

@@ -9,7 +9,7 @@ from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.provenance import check_single_writers, origins, place_of
 from nemotron3_megatron.config.recipe import Recipe
 from nemotron3_megatron.config.run import Origin
-from nemotron3_megatron.config.typed import typed
+from nemotron3_megatron.config.typed import Place, typed
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -41,7 +41,21 @@ def compose(overrides: Sequence[str], recipes: Path = RECIPES) -> tuple[Recipe, 
     data = {"name": composed.recipe_name, **composed.data}
     if "precision" in data:
         data["precision"] = normalised(data["precision"], "precision", place)
+    if isinstance(stages := data.get("stages"), dict):
+        data["stages"] = {name: _with_policy(stage, f"stages.{name}", place) for name, stage in stages.items()}
     recipe = typed(Recipe, data, "", place)
     assert isinstance(recipe, Recipe)
     check_policy(recipe.precision, "precision", place)
+    for name, stage in recipe.stages.items():
+        if stage.precision is not None:
+            check_policy(stage.precision, f"stages.{name}.precision", place)
     return recipe, origins(recipe, writers)
+
+
+def _with_policy(stage: object, key: str, place: Place) -> object:
+    """A stage's data; a precision policy of its own in the form that ``typed`` reads."""
+    from nemotron3_megatron.precision.parse import normalised
+
+    if not isinstance(stage, dict) or stage.get("precision") is None:
+        return stage
+    return {**stage, "precision": normalised(stage["precision"], f"{key}.precision", place)}

@@ -40,4 +40,4 @@ def _choices(path: Path) -> Iterator[tuple[str, str, int]]:
         for name, choice in entry.value:
             group = str(name.value).removeprefix("override ").strip()
             if group.startswith("/") and isinstance(choice, yaml.ScalarNode):
-                yield group.removeprefix("/"), choice.value, name.start_mark.line + 1
+                yield group.removeprefix("/").partition("@")[0], choice.value, name.start_mark.line + 1

@@ -86,4 +86,8 @@ class Duration:
 
 NO_TOKENS = Duration(0, "tokens")
 EACH_STEP = Duration(1, "steps")
+EVERY_10_STEPS = Duration(10, "steps")
 EVERY_100_STEPS = Duration(100, "steps")
+ONE_MINUTE = Duration(60, "seconds")
+TEN_MINUTES = Duration(600, "seconds")
+FOUR_HOURS = Duration(4 * 3600, "seconds")

@@ -12,10 +12,12 @@ from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.parts import Part, is_uniform, parts
 from nemotron3_megatron.config.provenance import COMMAND_LINE, enclosing
 from nemotron3_megatron.config.recipe import Recipe
-from nemotron3_megatron.config.rules import RULES, Rule
+from nemotron3_megatron.config.rules import Rule
 from nemotron3_megatron.config.run import Origin
+from nemotron3_megatron.config.stage_rules import CURRICULUM_RULES, LAYOUT_RULES, RULES, SCHEDULE_RULES
 from nemotron3_megatron.config.typed import show
 
 _TRIES = 2048
@@ -31,41 +33,57 @@ class _Found:
     rule: Rule
 
 
-def check(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> None:
-    """Refuse a recipe that cannot run on ``world_size`` ranks.
+def check(recipe: Recipe, world_size: int, origins: Sequence[Origin] = (), step: int = 0) -> None:
+    """Refuse a recipe that cannot run on ``world_size`` ranks from ``step`` on.
 
     Raises:
         UserError: naming the value, its place, the reason and the nearest legal values.
     """
     from nemotron3_megatron.config.precision import precision_rules
+    from nemotron3_megatron.config.resilience import RESILIENCE_RULES
     from nemotron3_megatron.precision.parse import check_policy
-    from nemotron3_megatron.precision.plan import precision_plan  # these three import this package
+    from nemotron3_megatron.precision.plan import precision_plan  # these import this package
 
     places = {origin.key: origin.place for origin in origins}
 
     def place(key: str) -> str | None:
         return next((places[name] for name in enclosing(key) if name in places), None)
 
-    _check(recipe, world_size, places, RULES)
-    check_policy(recipe.precision, "precision", place)  # again: a recipe may have been changed since it was composed
-    plan = precision_plan(recipe.precision, recipe.model, "precision", place)
-    _check(recipe, world_size, places, (*RULES, *precision_rules(plan)))
+    alone = is_uniform(recipe)
+    if not alone:
+        _check(Part(recipe, world_size), places, CURRICULUM_RULES)
+    for each in parts(recipe, world_size, step):
+        _check(each, places, (*RULES, *RESILIENCE_RULES) if alone else LAYOUT_RULES)
+        precision, key = each.recipe.precision, each.name("precision")
+        check_policy(precision, key, place)  # again: a recipe may have been changed since it was composed
+        plan = precision_plan(precision, each.recipe.model, key, place)
+        _check(each, places, (*(RULES if alone else LAYOUT_RULES), *precision_rules(plan)))
+    if not alone:
+        _check(Part(recipe, world_size), places, (*SCHEDULE_RULES, *RESILIENCE_RULES))
 
 
-def _check(recipe: Recipe, world_size: int, places: Mapping[str, str], rules: Sequence[Rule]) -> None:
+def _check(whole: Part, places: Mapping[str, str], rules: Sequence[Rule]) -> None:
+    recipe, world_size = whole.recipe, whole.world_size
     found = _first(recipe, world_size, rules)
     if found is None:
         return
-    keys = sorted(found.keys, key=lambda key: _blame(places.get(key)))
-    nearest = [text for key in keys if (text := _nearest(recipe, world_size, key, found, rules))]
+    keys = sorted(found.keys, key=lambda key: _blame(places.get(whole.name(key))))
+    nearest = [whole.name(text) for key in keys if (text := _nearest(recipe, world_size, key, found, rules))]
     value = world_size if keys[0] == _WORLD else value_of(recipe, keys[0])
     default_place = "torchrun" if keys[0] == _WORLD else "default"
+    name = whole.name(keys[0])
+    wanted = f"; stage {next(iter(recipe.stages))} wants world_size={recipe.world_size}" if _wants(whole) else ""
     raise UserError(
-        f"{keys[0]}={show(value)}",
-        where=places.get(keys[0], default_place),
-        why=found.why,
+        f"{name}={show(value)}",
+        where=places.get(name, default_place),
+        why=found.why + wanted,
         nearest=" or ".join(nearest) or found.hint,
     )
+
+
+def _wants(whole: Part) -> bool:
+    """Whether a stage with a layout of its own is in another world than its recipe says."""
+    return bool(whole.renamed) and whole.recipe.world_size not in (None, whole.world_size)
 
 
 def value_of(recipe: Recipe, key: str) -> Any:

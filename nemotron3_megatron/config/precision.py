@@ -8,6 +8,7 @@ from functools import partial
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import Recipe
 from nemotron3_megatron.config.rules import Rule, Violation, sequence_parallel
+from nemotron3_megatron.config.schedule import lengths
 from nemotron3_megatron.precision.plan import PlanRow, PrecisionPlan
 from nemotron3_megatron.precision.policy import Role
 from nemotron3_megatron.precision.shapes import MULTIPLE, check_shapes, weight_shape
@@ -76,10 +77,15 @@ def _tokens(plan: PrecisionPlan, recipe: Recipe, _world_size: int) -> Iterator[V
     parallel = recipe.parallel
     split = ["parallel.cp", "parallel.tp"] if sequence_parallel(recipe) else ["parallel.cp"]
     ranks = parallel.cp * (parallel.tp if sequence_parallel(recipe) else 1)
-    for stage, config in recipe.stages.items():
-        count = config.seq_length * config.micro_batch_size // ranks
+    found = [
+        (f"stages.{stage}.other_lengths.{name}" if name else f"stages.{stage}", length)
+        for stage, config in recipe.stages.items()
+        for name, length in lengths(config, 1).items()
+    ]
+    for place, length in found:
+        count = length.seq_length * length.micro_batch_size // ranks
         if count % block:
-            keys = (f"stages.{stage}.seq_length", f"stages.{stage}.micro_batch_size")
+            keys = (f"{place}.seq_length", f"{place}.micro_batch_size")
             yield Violation(
                 (*keys, *(key for key in split if _is_split(key, recipe))),
                 f"a micro-batch has {count} tokens on a rank, no whole number of {name}'s blocks of {block},"

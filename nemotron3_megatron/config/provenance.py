@@ -167,11 +167,22 @@ def _values(value: Any, key: str) -> Iterator[tuple[str, object, str]]:
         if is_dataclass(current) and not isinstance(current, Duration):
             yield from _values(current, full)
         elif isinstance(current, dict):
-            for name, inner in current.items():
-                yield from _values(inner, f"{full}.{name}")
+            yield from _entries(current, full)
         else:
             default = "required" if item.default is MISSING else show(item.default)
             if isinstance(current, tuple) and current and is_dataclass(current[0]):
                 yield from ((f"{full}[{index}]", inner, default) for index, inner in enumerate(current))
             else:
                 yield full, current, default
+
+
+def _entries(mapping: Mapping[str, Any], key: str) -> Iterator[tuple[str, object, str]]:
+    """As ``_values``, of what is named by the user."""
+    for name, inner in mapping.items():
+        full = f"{key}.{name}"
+        if isinstance(inner, Mapping):
+            yield from _entries(inner, full)
+        elif is_dataclass(inner):
+            yield from _values(inner, full)
+        else:
+            yield full, inner, "required"

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.legality import check
+from nemotron3_megatron.config.parts import is_uniform, part, stage_in_force, world_of
 from nemotron3_megatron.config.pipeline import hybrid_layer_pattern
 from nemotron3_megatron.config.recipe import Recipe
 from nemotron3_megatron.config.rules import data_parallel_size, sequence_parallel
-from nemotron3_megatron.config.run import Layout, Origin, Run
-from nemotron3_megatron.config.schedule import resolve_schedule, resolve_stages
+from nemotron3_megatron.config.run import Layout, Origin, Run, Stage
+from nemotron3_megatron.config.schedule import lengths, resolve_schedule, resolve_stages
 
 
-def resolve(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> Run:
+def resolve(recipe: Recipe, world_size: int, origins: Sequence[Origin] = (), step: int = 0) -> Run:
     """Derive every number of a run.
 
     Args:
         recipe: as composed.
-        world_size: ranks of the whole run.
+        world_size: ranks of this start.
         origins: where values were set, for messages and for the record; those equal to their default are dropped.
+        step: optimizer steps done: the run is resolved for the layout and precision of the stage in force.
 
     Raises:
         UserError: the recipe cannot run on this many ranks.
     """
-    check(recipe, world_size, origins)
-    return derive(recipe, world_size, origins)
+    check(recipe, world_size, origins, step)
+    return derive(recipe, world_size, origins, step)
 
 
-def derive(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> Run:
+def derive(recipe: Recipe, world_size: int, origins: Sequence[Origin] = (), step: int = 0) -> Run:
     """As ``resolve``, of a recipe that is known to be legal on this many ranks."""
-    layout = _layout(recipe, world_size)
-    stages = resolve_stages(recipe, layout.dp)
+    force = stage_in_force(recipe, step)
+    own = part(recipe, force, world_size).recipe
+    layout, stages = _layout(own, world_size), _stages(recipe, world_size, force)
     all_steps = stages[-1].end_step
     per_step = stages[0].tokens_per_step
     telemetry, checkpoint = recipe.telemetry, recipe.checkpoint
@@ -44,8 +48,8 @@ def derive(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> R
         device=recipe.device,
         total_steps=all_steps if recipe.max_steps is None else min(all_steps, recipe.max_steps),
         model=recipe.model,
-        precision=recipe.precision,
-        parallel=recipe.parallel,
+        precision=own.precision,
+        parallel=own.parallel,
         layout=layout,
         optimizer=recipe.optimizer,
         schedule=resolve_schedule(recipe, stages),
@@ -57,6 +61,11 @@ def derive(recipe: Recipe, world_size: int, origins: Sequence[Origin] = ()) -> R
         log_every_steps=telemetry.log_every.in_steps(per_step),
         eval_every_steps=_interval(telemetry.eval_every, per_step),
         precision_every_steps=_interval(telemetry.precision_every, per_step),
+        health_every_steps=_interval(telemetry.health_every, per_step),
+        resilience=recipe.resilience,
+        straggler_every_steps=_interval(recipe.resilience.straggler_every, per_step),
+        debug=recipe.debug,
+        trainable=recipe.stages[force].trainable,
         gpu=recipe.gpu,
         origins=tuple(origin for origin in origins if origin.value != origin.default),
     )
@@ -88,9 +97,28 @@ def check_data(run: Run) -> None:
                     )
 
 
+def _stages(recipe: Recipe, world_size: int, force: str) -> tuple[Stage, ...]:
+    """All stages; those of a recipe that changes its layout know their own."""
+    if is_uniform(recipe):
+        dp = data_parallel_size(recipe, world_size)
+        return resolve_stages(recipe, dict.fromkeys(recipe.stages, dp))
+    own = {name: part(recipe, name, world_of(recipe, name, world_size, force)) for name in recipe.stages}
+    layouts = {name: _layout(each.recipe, each.world_size) for name, each in own.items()}
+    return tuple(
+        replace(
+            stage,
+            parallel=own[stage.name].recipe.parallel,
+            precision=own[stage.name].recipe.precision,
+            layout=layouts[stage.name],
+            trainable=recipe.stages[stage.name].trainable,
+        )
+        for stage in resolve_stages(recipe, {name: layout.dp for name, layout in layouts.items()})
+    )
+
+
 def _layout(recipe: Recipe, world_size: int) -> Layout:
     parallel = recipe.parallel
-    longest = max(stage.seq_length for stage in recipe.stages.values())
+    longest = max(length.seq_length for stage in recipe.stages.values() for length in lengths(stage, 1).values())
     return Layout(
         world_size=world_size,
         tp=parallel.tp,

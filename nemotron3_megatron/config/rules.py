@@ -1,4 +1,4 @@
-"""The rules of what can run: model, layout, batch and schedule.
+"""The rules of what can run: model and layout. Those of stages, and ``RULES`` itself, are in ``stage_rules``.
 
 Where a rule is Megatron-Core's own (0.19.2) its file is named; the others are ours. A rule may assume that the
 rules before it in ``RULES`` hold.
@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.recipe import Recipe
-from nemotron3_megatron.config.schedule import resolve_schedule, resolve_stages
 from nemotron3_megatron.config.sizes import KINDS
 
 RECOMPUTABLE = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
@@ -83,6 +81,7 @@ def ranges(recipe: Recipe, world_size: int) -> Iterator[Violation]:
         "seed": recipe.seed,
         "model.mtp_depths": recipe.model.mtp_depths,
         "data.num_prefetch": recipe.data.num_prefetch,
+        "checkpoint.keep_best": recipe.checkpoint.keep_best,
     }.items():
         if value < 0:
             yield Violation((key,), "must not be negative")
@@ -306,106 +305,11 @@ def options(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
         for name, source in getattr(recipe.data, group).items():
             if source.weight <= 0:
                 yield Violation((f"data.{group}.{name}.weight",), "must be positive", f"~data.{group}.{name}")
-
-
-def batches(recipe: Recipe, world_size: int) -> Iterator[Violation]:
-    """Sequence lengths and batches of each stage against the layout."""
-    parallel = recipe.parallel
-    dp = data_parallel_size(recipe, world_size)
-    if not recipe.stages:
-        yield Violation(
-            ("stages",),
-            "a run has at least one stage",
-            "stages.main={tokens: 1M tokens, seq_length: 256, global_batch_size: 16}",
-        )
-    for name, stage in recipe.stages.items():
-        key = f"stages.{name}"
-        for size in ("seq_length", "global_batch_size", "micro_batch_size"):
-            if getattr(stage, size) < 1:
-                yield Violation((f"{key}.{size}",), "must be at least 1")
-                return
-        if parallel.cp > 1 and stage.seq_length % (2 * parallel.cp):
-            why = f"context parallelism cuts a sequence into 2*cp = {2 * parallel.cp} chunks"
-            yield Violation((f"{key}.seq_length", "parallel.cp"), why)
-        if sequence_parallel(recipe) and stage.seq_length % (parallel.tp * parallel.cp):
-            why = f"sequence parallelism splits it over tp*cp = {parallel.tp * parallel.cp} ranks"
-            yield Violation((f"{key}.seq_length", "parallel.tp"), why)
-        together = stage.micro_batch_size * dp
-        if stage.global_batch_size % together:
-            why = (
-                f"{stage.global_batch_size} sequences cannot be dealt in micro-batches of"
-                f" {stage.micro_batch_size} to {dp} data-parallel ranks"
-            )
-            yield Violation((f"{key}.global_batch_size", f"{key}.micro_batch_size", "world_size"), why)
-        elif parallel.vpp > 1 and stage.global_batch_size // together % parallel.pp:
-            why = f"interleaving needs micro-batches ({stage.global_batch_size // together}) in multiples of pp"
-            yield Violation((f"{key}.global_batch_size", "parallel.pp"), f"{why}={parallel.pp}")
-
-
-def durations(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
-    """Durations are positive and not in wall-clock time."""
-    optional: dict[str, Duration | None] = {
-        **{f"stages.{name}.tokens": stage.tokens for name, stage in recipe.stages.items()},
-        "checkpoint.every": recipe.checkpoint.every,
-        "telemetry.log_every": recipe.telemetry.log_every,
-        "telemetry.eval_every": recipe.telemetry.eval_every,
-        "optimizer.lr_decay": recipe.optimizer.lr_decay,
-        "optimizer.lr_wsd_decay": recipe.optimizer.lr_wsd_decay,
-        "optimizer.lr_warmup": recipe.optimizer.lr_warmup,
-    }
-    for key, duration in optional.items():
-        if duration is None:
-            continue
-        if duration.unit == "seconds":
-            yield Violation((key,), "is a wall-clock time; count it in steps or tokens", f"{key}='100 steps'")
-        elif duration.value <= 0 and key != "optimizer.lr_warmup":
-            yield Violation((key,), "must be positive", f"{key}='100 steps'")
-    wsd = recipe.optimizer.lr_decay_style == "WSD"
-    if wsd and recipe.optimizer.lr_wsd_decay is None:
-        yield Violation(
-            ("optimizer.lr_wsd_decay",),
-            "WSD needs the length of its decay tail",
-            "optimizer.lr_wsd_decay='500 steps' or optimizer.lr_decay_style=cosine",
-        )
-    if not wsd and recipe.optimizer.lr_wsd_decay is not None:
-        yield Violation(
-            ("optimizer.lr_wsd_decay",),
-            f"has no effect with {recipe.optimizer.lr_decay_style} decay",
-            "optimizer.lr_wsd_decay=null",
-        )
-
-
-def schedule(recipe: Recipe, world_size: int) -> Iterator[Violation]:
-    """Warmup and decay tail fit before the end of the decay."""
-    shape = resolve_schedule(recipe, resolve_stages(recipe, data_parallel_size(recipe, world_size)))
-    used = shape.warmup_tokens + shape.wsd_decay_tokens
-    if used > shape.decay_end_tokens:
-        why = (
-            f"warmup of {shape.warmup_tokens:,} and decay tail of {shape.wsd_decay_tokens:,} tokens do not fit"
-            f" into the {shape.decay_end_tokens:,} tokens before the decay ends"
-        )
-        tail, end = shape.wsd_decay_tokens, shape.decay_end_tokens
-        if tail <= end:
-            yield Violation(("optimizer.lr_warmup",), why, f"optimizer.lr_warmup='{end - tail} tokens'")
-        yield Violation(
-            ("optimizer.lr_wsd_decay",), why, f"optimizer.lr_wsd_decay='{max(end - shape.warmup_tokens, 1)} tokens'"
-        )
-
-
-RULES: tuple[Rule, ...] = (
-    ranges,
-    real_numbers,
-    pattern,
-    experts,
-    tensor_parallel,
-    mamba,
-    world,
-    pipeline,
-    options,
-    batches,
-    durations,
-    schedule,
-)
+            if source.max_epochs is not None and source.max_epochs <= 0:
+                yield Violation((f"data.{group}.{name}.max_epochs",), "must be positive", f"~data.{group}.{name}")
+            if source.isolate_documents and not recipe.data.isolate_documents:
+                why = "the model isolates no documents unless data.isolate_documents=true"
+                yield Violation((f"data.{group}.{name}.isolate_documents",), why, "data.isolate_documents=true")
 
 
 def _all_layers(recipe: Recipe) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,53 +10,30 @@ from typing import TYPE_CHECKING, Literal
 from nemotron3_megatron.config.recipe import (
     CheckpointConfig,
     DataConfig,
+    DebugConfig,
     GpuName,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
+    ResilienceConfig,
     TelemetryConfig,
 )
+from nemotron3_megatron.config.stage import Layout, Shape, Stage
 
 if TYPE_CHECKING:
     from nemotron3_megatron.precision.plan import PrecisionPlan
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Sizes of the parallel dimensions; world_size = tp * pp * cp * dp."""
-
-    world_size: int
-    tp: int
-    pp: int
-    vpp: int
-    cp: int
-    ep: int
-    etp: int
-    dp: int
-    sequence_parallel: bool
-    hybrid_layer_pattern: str
-    """Megatron's pattern: the main stack with '|' pipeline cuts, then '/'-separated MTP depths."""
+__all__ = ["ConstantRate", "Layout", "Origin", "Run", "Schedule", "Shape", "Stage"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """A stage with its place on the run's step and token axes."""
+class ConstantRate:
+    """A part of the run with a learning rate of its own."""
 
-    name: str
-    first_step: int
-    steps: int
     first_token: int
-    tokens_per_step: int
-    seq_length: int
-    global_batch_size: int
-    micro_batch_size: int
-    num_microbatches: int
-
-    @property
-    def end_step(self) -> int:
-        """The first step after this stage."""
-        return self.first_step + self.steps
+    end_token: int
+    lr: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +47,8 @@ class Schedule:
     wsd_decay_tokens: int
     decay_style: str
     wsd_decay_style: str
+    constant: tuple[ConstantRate, ...] = ()
+    """Stages beside the schedule, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +64,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Everything a start needs; a pure function of the recipe and the world size."""
+    """Everything a start needs; a pure function of the recipe, the world size and the stage in force.
+
+    ``parallel``, ``layout``, ``precision`` and ``trainable`` are those of the stage in force, and of ``own_stages``.
+    """
 
     name: str
     run_dir: Path
@@ -107,6 +89,12 @@ class Run:
     log_every_steps: int
     eval_every_steps: int | None
     precision_every_steps: int | None
+    health_every_steps: int | None = None
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    straggler_every_steps: int | None = None
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    trainable: tuple[str, ...] = ()
+    """Of the stage in force."""
     gpu: GpuName | None = None
     """As the recipe says; of effect in planning only."""
     origins: tuple[Origin, ...]
@@ -116,6 +104,30 @@ class Run:
         """What every module of the whole model computes in: a pure function of ``precision`` and ``model``."""
         return _precision_plan(self.precision, self.model)
 
+    @property
+    def own_stages(self) -> tuple[Stage, ...]:
+        """The stages that this start can train (``can_train``)."""
+        return tuple(stage for stage in self.stages if self.can_train(stage))
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence of any stage."""
+        return max(shape.seq_length for stage in self.stages for shape in stage.shapes)
+
+    def can_train(self, stage: Stage) -> bool:
+        """Whether a stage has the layout, precision and trainable parameters of this start."""
+        if stage.parallel is None:
+            return True
+        own = (self.parallel, self.layout, self.precision, self.trainable)
+        return own == (stage.parallel, stage.layout, stage.precision, stage.trainable)
+
+    def for_stage(self, stage: Stage) -> Run:
+        """This run under the layout and precision of one of its stages."""
+        if stage.parallel is None or stage.layout is None or stage.precision is None:
+            return self
+        own = {name: getattr(stage, name) for name in ("parallel", "layout", "precision", "trainable")}
+        return replace(self, **own)
+
     def stage_at(self, step: int) -> Stage:
         """The stage that optimizer step ``step`` (0-based) belongs to; the last one for later steps."""
         for stage in self.stages:
@@ -123,10 +135,13 @@ class Run:
                 return stage
         return self.stages[-1]
 
+    def shape_at(self, step: int) -> Shape:
+        """The batch of optimizer step ``step`` (0-based)."""
+        return self.stage_at(step).shape_at(step)
+
     def tokens_at(self, step: int) -> int:
         """Tokens seen before optimizer step ``step`` (0-based)."""
-        stage = self.stage_at(step)
-        return stage.first_token + (step - stage.first_step) * stage.tokens_per_step
+        return self.stage_at(step).tokens_at(step)
 
 
 @lru_cache(maxsize=8)

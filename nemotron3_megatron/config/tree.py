@@ -88,7 +88,7 @@ def _sweep_values(override: Override) -> Iterator[str]:
 def _parse(overrides: Sequence[str], *, sweep: bool = False) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
-    for text in overrides:
+    for text in map(_with_quoted_fault, overrides):
         try:
             override = parser.parse_override(text)
         except HydraException:
@@ -105,6 +105,12 @@ def _parse(overrides: Sequence[str], *, sweep: bool = False) -> list[Override]:
             )
         parsed.append(override)
     return parsed
+
+
+def _with_quoted_fault(text: str) -> str:
+    """``debug.fault=kill:rank=1,step=20`` is one value, which Hydra's grammar would need quotes for."""
+    key, _, value = text.partition("=")
+    return f"{key}='{value}'" if key.lstrip("+") == "debug.fault" and not {"'", '"'} & set(value) else text
 
 
 def _group_choices(parsed: Sequence[Override], loader: ConfigLoader, recipes: Path) -> dict[str, str]:

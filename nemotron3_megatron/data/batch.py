@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,9 @@ class MicroBatch:
         )
 
 
-def build_micro_batch(windows: Tensor, *, mtp_depths: int, eod_token: int, isolate_documents: bool) -> MicroBatch:
+def build_micro_batch(
+    windows: Tensor, *, mtp_depths: int, eod_token: int, isolate_documents: bool | Sequence[bool]
+) -> MicroBatch:
     """Split windows of s + 1 consecutive tokens into inputs and the targets of every prediction depth.
 
     A document ends with ``eod_token``, which belongs to it. A window may begin and end inside a document; its
@@ -83,6 +85,8 @@ def build_micro_batch(windows: Tensor, *, mtp_depths: int, eod_token: int, isola
     Args:
         windows: (b, s + 1) int64.
         mtp_depths: further prediction depths; depth d predicts d + 1 tokens ahead, depth 0 is the next token.
+        eod_token: what a document ends with.
+        isolate_documents: of each window, or of all; a window that is not isolated is one document.
 
     Raises:
         ValueError: windows is not two-dimensional or has fewer than 2 tokens.
@@ -90,7 +94,7 @@ def build_micro_batch(windows: Tensor, *, mtp_depths: int, eod_token: int, isola
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise ValueError(f"windows must be (b, s + 1) with s >= 1, got {tuple(windows.shape)}")
     length = windows.shape[1] - 1
-    documents = _documents(windows, eod_token) if isolate_documents else torch.zeros_like(windows)
+    documents = _documents(windows, eod_token) * torch.as_tensor(isolate_documents, dtype=torch.int64).reshape(-1, 1)
     positions = _positions(documents[:, :-1])
 
     ahead = torch.arange(1, mtp_depths + 2)[:, None] + torch.arange(length)

@@ -10,8 +10,6 @@ All arithmetic is on integers: a turn depends on the counts alone, never on roun
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -22,7 +20,7 @@ from nemotron3_megatron.config.errors import UserError
 class Blend:
     """Names with integer weights; immutable."""
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
+    def __init__(self, weights: Mapping[str, float | Fraction]) -> None:
         """Take the weights of a recipe, which need not sum to one.
 
         Raises:
@@ -32,7 +30,11 @@ class Blend:
             if not (math.isfinite(weight) and weight >= 0):
                 raise UserError(f"the weight of source {name!r} is {weight}", why="a weight is a number >= 0")
         # The decimal the user wrote (0.3 is 3/10), not the binary float next to it.
-        exact = {name: Fraction(repr(weight)) for name, weight in sorted(weights.items()) if weight}
+        exact = {
+            name: weight if isinstance(weight, Fraction) else Fraction(repr(weight))
+            for name, weight in sorted(weights.items())
+            if weight
+        }
         if not exact:
             raise UserError("the blend is empty", why="at least one source needs a weight above 0")
         total = sum(exact.values())
@@ -59,9 +61,3 @@ class Blend:
             if had[name] * self._total < (now + 1) * weight
         ]
         return min(due)[1]
-
-
-def fingerprint(blend: Blend, identities: Mapping[str, str]) -> str:
-    """16 hex digits that change with a source's name, share or content, but not with its path."""
-    rows = [(name, str(share), identities[name]) for name, share in blend.shares.items()]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

@@ -39,7 +39,9 @@ class _Line:
 class Source:
     """An endless, shuffled stream of windows from one corpus."""
 
-    def __init__(self, name: str, corpus: IndexedTokens, *, seed: int, document_end: int | None) -> None:
+    def __init__(
+        self, name: str, corpus: IndexedTokens, *, seed: int, document_end: int | None, isolate_documents: bool = True
+    ) -> None:
         """Name the source.
 
         Args:
@@ -47,8 +49,11 @@ class Source:
             corpus: where the tokens are.
             seed: of both orders.
             document_end: the token every document must end with; None: not checked.
+            isolate_documents: whether documents in one of its windows see each other.
         """
         self.name = name
+        self.isolate_documents = isolate_documents
+        self.num_tokens = corpus.num_tokens
         self.identity = corpus.identity
         self._corpus = corpus
         self._seed = seed
@@ -113,14 +118,21 @@ class Source:
 
 
 def open_sources(
-    configs: Mapping[str, SourceConfig], *, seed: int, vocab_size: int, document_end: int | None
+    configs: Mapping[str, SourceConfig], *, seed: int, vocab_size: int, eod_token: int, isolate_documents: bool
 ) -> dict[str, Source]:
     """Open every source of a blend, by name.
 
     Raises:
         UserError: see IndexedTokens.
     """
-    return {
-        name: Source(name, IndexedTokens(config.path, vocab_size=vocab_size), seed=seed, document_end=document_end)
-        for name, config in configs.items()
-    }
+    sources = {}
+    for name, config in configs.items():
+        isolated = isolate_documents and config.isolate_documents is not False
+        sources[name] = Source(
+            name,
+            IndexedTokens(config.path, vocab_size=vocab_size),
+            seed=seed,
+            document_end=eod_token if isolated else None,
+            isolate_documents=isolated,
+        )
+    return sources

@@ -48,6 +48,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts."""
 
+    def token_id(self, name: str) -> int | None:
+        """Id of a token, special ones included; None: there is none of this name."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens, the EOD among them, are left out."""
 
@@ -98,7 +101,13 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        # "fast" leaves out the places of the tokens in the text, which nobody here reads
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def token_id(self, name: str) -> int | None:
+        """Id of a token, special ones included; None: there is none of this name."""
+        found: int | None = self.tokenizer.token_to_id(name)
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids without special tokens."""
@@ -141,6 +150,13 @@ class TekkenTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts."""
         return [self.encode(text) for text in texts]
+
+    def token_id(self, name: str) -> int | None:
+        """Id of a special token; None: there is none of this name."""
+        try:
+            return int(self.tokenizer.get_special_token(name))
+        except ValueError:
+            return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids without special tokens."""

@@ -8,10 +8,12 @@ computed beforehand, so the saved position is that of the steps handed out.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,11 @@ import torch
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import SourceConfig
-from nemotron3_megatron.config.run import Run, Stage
+from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
-from nemotron3_megatron.data.blend import Blend, fingerprint
+from nemotron3_megatron.data.blend import Blend
+from nemotron3_megatron.data.composition import blends_of, planned_tokens
+from nemotron3_megatron.data.content import Content
 from nemotron3_megatron.data.position import Position, Sample
 from nemotron3_megatron.data.source import Source, open_sources
 
@@ -33,10 +37,8 @@ class Reader:
     """Reads one rank's part of a global batch."""
 
     sources: Mapping[str, Source]
-    blend: Blend
     mtp_depths: int
     eod_token: int
-    isolate_documents: bool
     dp_rank: int
     dp_size: int
     cp_rank: int
@@ -46,10 +48,10 @@ class Reader:
     def open(
         cls, configs: Mapping[str, SourceConfig], run: Run, dp_rank: int, dp_size: int, cp_rank: int, cp_size: int
     ) -> Reader:
-        """Open the sources of a blend for a rank.
+        """Open sources for a rank.
 
         Raises:
-            UserError: a source cannot be read, or the weights are unusable.
+            UserError: a source cannot be read.
         """
         data, model = run.data, run.model
         return cls(
@@ -57,28 +59,27 @@ class Reader:
                 configs,
                 seed=run.seed,
                 vocab_size=model.vocab_size,
-                document_end=data.eod_token if data.isolate_documents else None,
+                eod_token=data.eod_token,
+                isolate_documents=data.isolate_documents,
             ),
-            blend=Blend({name: config.weight for name, config in configs.items()}),
             mtp_depths=model.mtp_depths,
             eod_token=data.eod_token,
-            isolate_documents=data.isolate_documents,
             dp_rank=dp_rank,
             dp_size=dp_size,
             cp_rank=cp_rank,
             cp_size=cp_size,
         )
 
-    def read(self, stage: Stage, samples: list[Sample]) -> list[MicroBatch]:
+    def read(self, shape: Shape, samples: list[Sample]) -> list[MicroBatch]:
         """This rank's micro-batches of a global batch, in order.
 
         Micro-batch m of rank r holds samples ``(m * dp_size + r) * micro_batch_size`` and the following.
         """
-        size = stage.micro_batch_size
-        if len(samples) != stage.num_microbatches * self.dp_size * size:
+        size = shape.micro_batch_size
+        if len(samples) != shape.num_microbatches * self.dp_size * size:
             raise ValueError(f"{len(samples)} samples are not num_microbatches * dp_size * micro_batch_size")
         starts = range(self.dp_rank * size, len(samples), self.dp_size * size)
-        return [self._micro_batch(stage.seq_length, samples[start : start + size]) for start in starts]
+        return [self._micro_batch(shape.seq_length, samples[start : start + size]) for start in starts]
 
     def _micro_batch(self, seq_length: int, samples: list[Sample]) -> MicroBatch:
         windows = np.stack([self.sources[name].sample(seq_length, index) for name, index in samples])
@@ -86,7 +87,7 @@ class Reader:
             torch.from_numpy(windows),
             mtp_depths=self.mtp_depths,
             eod_token=self.eod_token,
-            isolate_documents=self.isolate_documents,
+            isolate_documents=[self.sources[name].isolate_documents for name, _ in samples],
         )
         return batch.shard(self.cp_rank, self.cp_size)
 
@@ -95,7 +96,8 @@ class Reader:
 class _Ahead:
     """A step being prepared."""
 
-    stage: Stage
+    shape: Shape
+    samples: list[Sample]
     after: Position
     batches: Future[list[MicroBatch]]
 
@@ -104,53 +106,66 @@ class TrainingData:
     """The training stream of one rank; all ranks of one (dp, cp) coordinate see the same."""
 
     def __init__(self, run: Run, dp_rank: int, dp_size: int, cp_rank: int, cp_size: int) -> None:
-        """Open the blend ``run.data.sources``.
+        """Open all sources that the run's stages read.
 
         Raises:
-            UserError: a source cannot be read, or the weights are unusable.
+            UserError: a source cannot be read or would be read too often, or weights are unusable.
         """
-        self._reader = Reader.open(run.data.sources, run, dp_rank, dp_size, cp_rank, cp_size)
-        self._seed = run.seed
+        self._blends = blends_of(run)
+        used = {source for blend in self._blends.values() for source in blend.shares}
+        configs = {name: config for name, config in run.data.sources.items() if name in used}
+        self._reader = Reader.open(configs, run, dp_rank, dp_size, cp_rank, cp_size)
+        _check_epochs(run, self._blends, self._reader.sources)
+        identities = {name: source.identity for name, source in self._reader.sources.items()}
+        self._content = Content.of(run, self._blends, identities)
         self._num_prefetch = run.data.num_prefetch
         self._position = Position()
+        self._samples: list[Sample] = []
+        self._lineage: list[dict[str, Any]] = []
         self._ahead: deque[_Ahead] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-data")
 
-    def next_step(self, stage: Stage) -> list[MicroBatch]:
-        """The next optimizer step's micro-batches of this rank: ``stage.num_microbatches`` of them.
+    @property
+    def samples(self) -> list[Sample]:
+        """Of the step handed out last, the whole global batch in order."""
+        return self._samples
+
+    def next_step(self, shape: Shape, *following: Shape) -> list[MicroBatch]:
+        """The next optimizer step's micro-batches of this rank: ``shape.num_microbatches`` of them.
+
+        Args:
+            shape: of the step.
+            following: shapes of the steps after it, which are prepared ahead; those not named are like the last.
 
         Raises:
             UserError: the data is unusable (see Source.sample).
         """
-        if self._ahead and self._ahead[0].stage != stage:
-            self._forget_ahead()
-        while len(self._ahead) <= self._num_prefetch:
-            self._prepare(stage)
+        known = [shape, *following]
+        wanted = [known[min(place, len(following))] for place in range(self._num_prefetch + 1)]
+        as_wanted = takewhile(lambda pair: pair[0].shape == pair[1], zip(self._ahead, wanted, strict=False))
+        self._forget_ahead(keep=sum(1 for _ in as_wanted))
+        for each in wanted[len(self._ahead) :]:
+            self._prepare(each)
         batches = self._ahead[0].batches.result()
-        self._position = self._ahead.popleft().after
+        done = self._ahead.popleft()
+        self._position, self._samples = done.after, done.samples
         return batches
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the steps handed out, as plain ints and strings; independent of the layout."""
-        return {
-            "seed": self._seed,
-            "blend": fingerprint(self._reader.blend, self._identities()),
-            "sources": self._identities(),
-            "shares": {name: str(share) for name, share in self._reader.blend.shares.items()},
-            **self._position.to_dict(),
-        }
+        return {**self._content.to_dict(), "lineage": self._lineage, **self._position.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], allow_data_change: bool = False) -> None:
         """Continue from a saved position.
 
         Where a changed blend is allowed, sources of unchanged content go on where they were, others start at
-        their beginning, and the shares hold from here on.
+        their beginning, and the shares hold from here on; what changed is kept in the state as ``lineage``.
 
         Raises:
             UserError: seed or blend differ from the saved ones and ``allow_data_change`` is false.
         """
-        position = Position.from_dict(state)
-        changes = self._changes(state)
+        before, position = Content.from_dict(state), Position.from_dict(state)
+        changes = list(self._content.changes_since(before))
         if changes and not allow_data_change:
             raise UserError(
                 "the data differs from the checkpoint's",
@@ -158,11 +173,12 @@ class TrainingData:
                 why="; ".join(changes),
                 nearest="the checkpoint's data, or checkpoint.allow_data_change=true to go on with the new one",
             )
+        self._lineage = list(state.get("lineage", ()))
         if changes:
             logger.warning("going on with data that differs from the checkpoint's: %s", "; ".join(changes))
-            identities = self._identities()
-            kept = {name for name, identity in state["sources"].items() if identities.get(name) == identity}
-            position = position.under_new_blend(kept if state["seed"] == self._seed else set())
+            kept = self._content.unchanged_sources(before)
+            self._lineage.append({"drawn": position.to_dict()["drawn"], "changes": changes})
+            position = position.under_new_blend(kept)
         self._forget_ahead()
         self._position = position
 
@@ -171,33 +187,26 @@ class TrainingData:
         self._forget_ahead()
         self._thread.shutdown()
 
-    def _prepare(self, stage: Stage) -> None:
+    def _prepare(self, shape: Shape) -> None:
         start = self._ahead[-1].after if self._ahead else self._position
-        samples, after = start.draw(self._reader.blend, stage.seq_length, stage.global_batch_size)
-        self._ahead.append(_Ahead(stage, after, self._thread.submit(self._reader.read, stage, samples)))
+        blend = self._blends[shape.blend]
+        samples, after = start.draw(blend, shape.seq_length, shape.global_batch_size, shape.blend)
+        self._ahead.append(_Ahead(shape, samples, after, self._thread.submit(self._reader.read, shape, samples)))
 
-    def _forget_ahead(self) -> None:
-        for step in self._ahead:
-            step.batches.cancel()
-        self._ahead.clear()
+    def _forget_ahead(self, keep: int = 0) -> None:
+        while len(self._ahead) > keep:
+            self._ahead.pop().batches.cancel()
 
-    def _identities(self) -> dict[str, str]:
-        return {name: self._reader.sources[name].identity for name in self._reader.blend.shares}
 
-    def _changes(self, state: Mapping[str, Any]) -> list[str]:
-        """What differs between the saved data and this one, in words."""
-        changes = [] if state["seed"] == self._seed else [f"seed is {self._seed}, was {state['seed']}"]
-        identities = self._identities()
-        shares = self._reader.blend.shares
-        for name in sorted(set(identities) | set(state["sources"])):
-            was, now = state["sources"].get(name), identities.get(name)
-            if was is None or now is None:
-                changes.append(f"source {name!r} is {'gone' if now is None else 'new'}")
-            elif was != now:
-                changes.append(f"source {name!r} has other content ({now}; was {was})")
-            elif state["shares"][name] != str(shares[name]):
-                changes.append(f"source {name!r} has the share {shares[name]}, was {state['shares'][name]}")
-        return changes
+def _check_epochs(run: Run, blends: Mapping[str | None, Blend], sources: Mapping[str, Source]) -> None:
+    for name, tokens in planned_tokens(run, blends).items():
+        limit, epochs = run.data.sources[name].max_epochs, float(tokens / sources[name].num_tokens)
+        if limit is not None and epochs > limit:
+            raise UserError(
+                f"data.sources.{name}.max_epochs={limit:g}",
+                why=f"the run would read the source's {sources[name].num_tokens:,} tokens {epochs:.3g} times",
+                nearest=f"a smaller weight, fewer tokens, or max_epochs={math.ceil(epochs)}",
+            )
 
 
 class ValidationData:
@@ -211,20 +220,21 @@ class ValidationData:
         """
         configs = run.data.validation
         self._reader = Reader.open(configs, run, dp_rank, dp_size, cp_rank, cp_size) if configs else None
+        self._blend = Blend({name: config.weight for name, config in configs.items()}) if configs else None
         self._eval_batches = run.telemetry.eval_batches
 
-    def batches(self, stage: Stage) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of ``telemetry.eval_batches`` global batches of the stage's size.
+    def batches(self, shape: Shape) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of ``telemetry.eval_batches`` global batches of this shape.
 
-        There are ``eval_batches * stage.num_microbatches`` of them. They are the beginning of the blend's stream;
+        There are ``eval_batches * shape.num_microbatches`` of them. They are the beginning of the blend's stream;
         a corpus with fewer windows is read again from its beginning.
 
         Raises:
             UserError: the data is unusable (see Source.sample).
         """
-        if self._reader is None:
+        if self._reader is None or self._blend is None:
             return
         position = Position()
         for _ in range(self._eval_batches):
-            samples, position = position.draw(self._reader.blend, stage.seq_length, stage.global_batch_size)
-            yield from self._reader.read(stage, samples)
+            samples, position = position.draw(self._blend, shape.seq_length, shape.global_batch_size)
+            yield from self._reader.read(shape, samples)

@@ -1,22 +1,23 @@
-"""``nemotron3 generate``: continue a prompt with a trained checkpoint.
-
-Every token is computed from the whole context (no cache), which costs O(n^2) layer evaluations for n tokens:
-made for looking at small models, not for serving.
-"""
+"""``nemotron3 generate``: continue a prompt with a trained checkpoint, printing the text as it comes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.typed import typed
-from nemotron3_megatron.evaluate.sampling import Sampling, next_token
+from nemotron3_megatron.data.tokenizer import Tokenizer
+from nemotron3_megatron.evaluate.generation import Round, Rules, acceptance_length, generate
+from nemotron3_megatron.evaluate.sampling import Sampling
+from nemotron3_megatron.evaluate.text import TextStream
+from nemotron3_megatron.evaluate.thinking import ThinkingBudget
 from nemotron3_megatron.evaluate.trained import Trained, trained
 
 
@@ -28,32 +29,64 @@ class Options:
     prompt: str
     max_new_tokens: int = 64
     temperature: float = 0.8
+    top_k: int = 0
     top_p: float = 0.95
+    min_p: float = 0.0
     seed: int = 0
+    samples: int = 1
+    """Continuations, generated side by side; sample n has the seed ``seed + n``."""
+    stop_at_eod: bool = True
+    draft: int = 0
+    """Tokens drafted by multi-token prediction in each pass of the model; 0: none."""
+    think_budget: int | None = None
+    """Generated tokens after which ``end_think`` is appended, if the model has not written it; None: no limit."""
+    end_think: str = "</think>"
+    """The token that ends the thought, by name or id. A text that is no token is appended as its tokens."""
     tokenizer: str | None = None
-    """None: the one named in the run."""
+    """None: the one named in the run, or in the directory of a Hugging Face model."""
+    recipe: str | None = None
+    """Of a Hugging Face model: the recipe that describes it."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"samples={self.samples}", why="nothing is to be generated", nearest="samples=1")
 
 
-_TEXTS = ("checkpoint", "prompt", "tokenizer")
+_TEXTS = ("checkpoint", "prompt", "tokenizer", "end_think", "recipe")
 """Options that are never read as numbers."""
 
 
 def generate_main(overrides: Sequence[str]) -> int:
-    """Print the prompt (dim on a terminal) and its continuation.
+    """Print the prompt (dim on a terminal) and its continuation as it comes; on stderr, how fast it came.
+
+    Several continuations are printed when all are complete.
 
     Raises:
         UserError: an option, the checkpoint or the prompt cannot be used.
     """
     options = read_options(overrides)
-    sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
-    with trained(options.checkpoint, options.tokenizer) as model:
-        text = complete(model, options.prompt, sampling, max_new_tokens=options.max_new_tokens, seed=options.seed)
-    console = Console(soft_wrap=True)
-    console.print(Text().append(options.prompt, "dim").append(text), highlight=False)
+    console = Console(soft_wrap=True, highlight=False)
+    seeds = range(options.seed, options.seed + options.samples)
+    rounds: list[Round] = []
+    texts = [""] * options.samples
+    with trained(options.checkpoint, options.tokenizer, recipe=options.recipe, spec="torch") as model:
+        started = perf_counter()
+        for each, pieces in continued(model, options.prompt, rules_of(options, model.tokenizer), seeds):
+            if options.samples == 1:
+                console.print(Text("" if rounds else options.prompt, "dim").append(Text(pieces[0])), end="")
+            rounds.append(each)
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        seconds = perf_counter() - started
+    if options.samples == 1:
+        console.print()
+    else:
+        for seed, text in zip(seeds, texts, strict=True):
+            console.print(Text(f"seed {seed}", "bold"))
+            console.print(Text(options.prompt, "dim").append(Text(text)))
+    sys.stderr.write(summary(rounds, seconds) + "\n")
     return 0
 
 
-@torch.no_grad()
 def complete(model: Trained, prompt: str, sampling: Sampling, *, max_new_tokens: int, seed: int) -> str:
     """The text a model writes after ``prompt``, up to the end of the document or ``max_new_tokens`` tokens.
 
@@ -62,27 +95,68 @@ def complete(model: Trained, prompt: str, sampling: Sampling, *, max_new_tokens:
     Raises:
         UserError: the prompt holds no token, or ``max_new_tokens`` is not positive.
     """
-    if max_new_tokens < 1:
-        raise UserError(
-            f"max_new_tokens={max_new_tokens}", why="nothing is to be generated", nearest="max_new_tokens=1"
-        )
+    tokenizer = model.tokenizer
+    rules = Rules(sampling=sampling, vocabulary=tokenizer.vocab_size, eod=tokenizer.eod, max_new_tokens=max_new_tokens)
+    return "".join(pieces[0] for _, pieces in continued(model, prompt, rules, [seed]))
+
+
+def continued(
+    model: Trained, prompt: str, rules: Rules, seeds: Sequence[int]
+) -> Iterator[tuple[Round, tuple[str, ...]]]:
+    """Continue a prompt once for each seed: every round with the text that it completed in each continuation."""
     tokens = model.tokenizer.encode(prompt)
-    if not tokens:
-        raise UserError("prompt", why="is empty: there is nothing to continue", nearest="prompt='import '")
-    start = len(tokens)
-    generator = torch.Generator().manual_seed(seed)
-    while len(tokens) < start + max_new_tokens:
-        token = next_token(_logits(model, tokens), sampling, generator)
-        if token == model.tokenizer.eod:
-            break
-        tokens.append(token)
-    return continuation(model, tokens, start)
+    streams = [TextStream(model.tokenizer, tokens) for _ in seeds]
+    counts = [0 for _ in seeds]
+    for each in generate(model.model, [tokens] * len(seeds), rules, seeds):
+        counts = [count + len(new) for count, new in zip(counts, each.new, strict=True)]
+        last = [rules.max_new_tokens == count or rules.eod in new for count, new in zip(counts, each.new, strict=True)]
+        yield each, tuple(stream.add(new, last=end) for stream, new, end in zip(streams, each.new, last, strict=True))
 
 
-def continuation(model: Trained, tokens: Sequence[int], start: int) -> str:
-    """Text of the tokens from ``start`` on, decoded with those before (a character may span tokens)."""
-    whole, before = model.tokenizer.decode(tokens), model.tokenizer.decode(tokens[:start])
-    return whole.removeprefix(before)
+def rules_of(options: Options, tokenizer: Tokenizer) -> Rules:
+    """The rules that options ask for, in tokens of a tokenizer.
+
+    Raises:
+        UserError: an option is out of its range.
+    """
+    thinking = None
+    if options.think_budget is not None:
+        thinking = ThinkingBudget(options.think_budget, token_ids(options.end_think, tokenizer))
+    return Rules(
+        sampling=Sampling(
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p
+        ),
+        vocabulary=tokenizer.vocab_size,
+        eod=tokenizer.eod if options.stop_at_eod else None,
+        max_new_tokens=options.max_new_tokens,
+        draft=options.draft,
+        thinking=thinking,
+    )
+
+
+def token_ids(name: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The token with this name or this id, else the tokens of the text.
+
+    Raises:
+        UserError: the id is not in the vocabulary.
+    """
+    if name.isdecimal():
+        if int(name) >= tokenizer.vocab_size:
+            raise UserError(f"end_think={name}", why=f"the tokenizer has {tokenizer.vocab_size:,} entries")
+        return (int(name),)
+    token = tokenizer.token_id(name)
+    return tuple(tokenizer.encode(name)) if token is None else (token,)
+
+
+def summary(rounds: Sequence[Round], seconds: float) -> str:
+    """How much came how fast, and how far drafts were right."""
+    tokens = sum(len(new) for each in rounds for new in each.new)
+    text = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
+    length = acceptance_length(rounds)
+    if length is None:
+        return text
+    drafted = max(each.drafted for each in rounds)
+    return f"{text}; {drafted} drafts a pass, acceptance length {length:.2f} of {drafted + 1}"
 
 
 def read_options(overrides: Sequence[str]) -> Options:
@@ -98,22 +172,16 @@ def read_options(overrides: Sequence[str]) -> Options:
             raise UserError(word, where="command line", why="is not key=value", nearest=f"prompt={word}")
         if key in values:
             raise UserError(word, where="command line", why=f"{key} is given twice")
-        values[key] = value if key in _TEXTS else _number(value)
+        values[key] = value if key in _TEXTS else _value(value)
     options = typed(Options, values, "", lambda _: "command line")
     assert isinstance(options, Options)
     return options
 
 
-def _logits(model: Trained, tokens: Sequence[int]) -> torch.Tensor:
-    """Logits (V,) of the token that follows; V is the tokenizer's, which the model's vocabulary may exceed."""
-    context = torch.tensor([tokens], device=model.device)
-    positions = torch.arange(len(tokens), device=model.device)[None]
-    logits: torch.Tensor = model.model(context, positions)
-    return logits[0, -1, : model.tokenizer.vocab_size].float()
-
-
-def _number(text: str) -> object:
-    """An integer or a float where the text is one; else the text, for ``typed`` to refuse."""
+def _value(text: str) -> object:
+    """A truth value, an integer or a float where the text is one; else the text, for ``typed`` to refuse."""
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)

@@ -1,4 +1,4 @@
-"""From logits to the next token: temperature and nucleus sampling with an explicit generator."""
+"""From logits to the next token: temperature and truncation of the distribution, with an explicit generator."""
 
 from __future__ import annotations
 
@@ -12,56 +12,75 @@ from nemotron3_megatron.config.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn.
+    """How tokens are drawn: temperature first, then every truncation on what the one before it left.
 
     Raises:
-        UserError: ``temperature`` is negative, or ``top_p`` is not in (0, 1].
+        UserError: a value is out of its range.
     """
 
     temperature: float = 0.8
     """Divides the logits; 0 always takes the most likely token."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0: all."""
     top_p: float = 0.95
     """Draw from the fewest most likely tokens that hold at least this share of the probability."""
+    min_p: float = 0.0
+    """Draw from tokens at least this many times as likely as the most likely one."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise UserError(f"temperature={self.temperature}", why="is negative", nearest="temperature=0 (greedy)")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k}", why="is negative", nearest="top_k=0 (all tokens)")
         if not 0 < self.top_p <= 1:
             nearest = "top_p=1 (all tokens)" if self.top_p > 1 else "temperature=0 (greedy)"
             raise UserError(f"top_p={self.top_p}", why="is not a share in (0, 1]", nearest=nearest)
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p}", why="is not in [0, 1]", nearest="min_p=0 (all tokens)")
 
 
-def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a token.
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution a token is drawn from.
 
     Args:
         logits: (V,) floating point.
-        sampling: temperature and nucleus.
-        generator: on the CPU; advanced by one draw unless the choice is greedy.
+        sampling: temperature and truncation.
 
     Returns:
-        Its id; among equally likely ones the lowest when greedy.
+        (V,) float64 on the same device, sums to 1; one-hot when greedy, at the lowest of equally likely tokens.
     """
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.double().cpu() / sampling.temperature, dim=-1)
-    return int(torch.multinomial(nucleus(probabilities, sampling.top_p), 1, generator=generator))
+        return one_hot(int(logits.argmax()), logits)
+    return truncated(torch.softmax(logits.double() / sampling.temperature, dim=-1), sampling)
 
 
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The distribution over the fewest most likely tokens that hold at least ``top_p`` (Holtzman et al. 2020).
+def one_hot(token: int, like: Tensor) -> Tensor:
+    """All probability on one token: (V,) float64."""
+    probabilities = torch.zeros_like(like, dtype=torch.float64)
+    probabilities[token] = 1
+    return probabilities
 
-    Args:
-        probabilities: (V,), sums to 1.
-        top_p: in (0, 1]; at least one token is always kept.
 
-    Returns:
-        (V,) with zeros outside the set; sums to 1.
+def draw(probabilities: Tensor, generator: torch.Generator) -> int:
+    """A token id from a distribution (V,); a certain one leaves the CPU generator as it is."""
+    likeliest = int(probabilities.argmax())
+    if probabilities[likeliest] >= 1:
+        return likeliest
+    return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+
+
+def truncated(probabilities: Tensor, sampling: Sampling) -> Tensor:
+    """A distribution (V,) over its most likely tokens only: ``top_k``, ``top_p`` (Holtzman et al. 2020), ``min_p``.
+
+    At least one token is kept; of equally likely ones the lowest are.
     """
-    if top_p >= 1:
+    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
         return probabilities
-    ordered, tokens = probabilities.sort(descending=True, stable=True)
-    before = ordered.cumsum(0) - ordered
-    kept = torch.where(before < top_p, ordered, 0.0)
-    chosen = torch.zeros_like(probabilities).scatter_(0, tokens, kept)
-    return chosen / chosen.sum()
+    kept, tokens = probabilities.sort(descending=True, stable=True)
+    if sampling.top_k:
+        kept[sampling.top_k :] = 0
+    if sampling.top_p < 1:
+        kept = kept / kept.sum()
+        kept[kept.cumsum(0) - kept >= sampling.top_p] = 0
+    kept[kept < sampling.min_p * kept[0]] = 0
+    return torch.zeros_like(probabilities).scatter_(0, tokens, kept / kept.sum())

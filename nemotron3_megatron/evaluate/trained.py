@@ -6,20 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from nemotron3_megatron.checkpoint.huggingface import import_model
+from nemotron3_megatron.checkpoint.huggingface.source import run_of
 from nemotron3_megatron.checkpoint.store import CheckpointStore
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.pipeline import hybrid_layer_pattern
-from nemotron3_megatron.config.recipe import ParallelConfig
+from nemotron3_megatron.config.recipe import ParallelConfig, Recipe
 from nemotron3_megatron.config.run import Layout, Run
 from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron3_megatron.model.builder import build_model
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
-from nemotron3_megatron.telemetry.run_record import read_run_record
+from nemotron3_megatron.platform.base import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +38,41 @@ class Trained:
 
 
 @contextmanager
-def trained(checkpoint: Path, tokenizer: str | None = None) -> Iterator[Trained]:
-    """Load a checkpoint into one process; its process group lives as long as the context.
+def trained(
+    checkpoint: Path, tokenizer: str | None = None, *, recipe: str | Recipe | None = None, spec: Spec | None = None
+) -> Iterator[Trained]:
+    """Load a model into one process; its process group lives as long as the context.
 
     Args:
-        checkpoint: ``<run_dir>/checkpoints/step_XXXXXXXX``; the model is described by ``<run_dir>/run.json``.
-        tokenizer: None: the one named in the run.
+        checkpoint: ``<run_dir>/checkpoints/step_XXXXXXXX``, whose model is described by ``<run_dir>/run.json``; or the
+            directory of a Hugging Face model, which is imported into the system's temporary directory first.
+        tokenizer: None: the one named in the run, or the one of the Hugging Face model.
+        recipe: the recipe that describes a Hugging Face model, or its name; for no other checkpoint.
+        spec: implementation of the modules; None: as the run or the recipe says. Checkpoints are the same in both.
 
     Raises:
         UserError: the checkpoint, its run or the tokenizer is missing or does not fit.
     """
-    run = on_one_rank(read_run_record(_run_dir(checkpoint)).run)
+    if not (checkpoint / "config.json").is_file():
+        if recipe is not None:
+            raise UserError("recipe", why="is given, but the checkpoint's run.json describes its model")
+        with _loaded(checkpoint, tokenizer, spec) as model:
+            yield model
+        return
+    if recipe is None:
+        why = "is a Hugging Face model, which a recipe must describe"
+        raise UserError(f"checkpoint={checkpoint}", why=why, nearest="recipe=NAME, as for nemotron3 import")
+    with TemporaryDirectory(prefix="nemotron3-") as directory:
+        imported = import_model(checkpoint, recipe, Path(directory) / "checkpoint")
+        with _loaded(imported, tokenizer or str(checkpoint), spec) as model:
+            yield model
+
+
+@contextmanager
+def _loaded(checkpoint: Path, tokenizer: str | None, spec: Spec | None) -> Iterator[Trained]:
+    _require_directory(checkpoint)
+    run = on_one_rank(run_of(checkpoint))
+    run = replace(run, model=replace(run.model, spec=spec or run.model.spec))
     tokens = _tokenizer(run, tokenizer)
     platform = select("auto")
     platform.start(local_rank=0)
@@ -75,26 +102,18 @@ def on_one_rank(run: Run) -> Run:
         etp=1,
         dp=1,
         sequence_parallel=False,
-        hybrid_layer_pattern=hybrid_layer_pattern(run.model, 1, max(stage.seq_length for stage in run.stages)),
+        hybrid_layer_pattern=hybrid_layer_pattern(run.model, 1, run.longest),
     )
     return replace(run, parallel=parallel, layout=layout)
 
 
-def _run_dir(checkpoint: Path) -> Path:
-    """The run directory a checkpoint lies in.
-
-    Raises:
-        UserError: ``checkpoint`` is no checkpoint directory; a run directory's newest one is named.
-    """
-    inside = sorted((checkpoint / "checkpoints").glob("step_*"))
-    if inside:
-        raise UserError(f"checkpoint={checkpoint}", why="is a run directory", nearest=f"checkpoint={inside[-1]}")
-    if not checkpoint.is_dir():
-        where = checkpoint.parent
-        others = sorted(where.glob("step_*"))
-        nearest = f"checkpoint={others[-1]}" if others else "checkpoint=RUN_DIR/checkpoints/step_XXXXXXXX"
-        raise UserError(f"checkpoint={checkpoint}", why="there is no such directory", nearest=nearest)
-    return checkpoint.resolve().parent.parent
+def _require_directory(checkpoint: Path) -> None:
+    """Refuse what is not there, naming the newest checkpoint beside it."""
+    if checkpoint.is_dir():
+        return
+    others = sorted(checkpoint.parent.glob("step_*"))
+    nearest = f"checkpoint={others[-1]}" if others else "checkpoint=RUN_DIR/checkpoints/step_XXXXXXXX"
+    raise UserError(f"checkpoint={checkpoint}", why="there is no such directory", nearest=nearest)
 
 
 def _tokenizer(run: Run, path: str | None) -> Tokenizer:

@@ -16,7 +16,7 @@ from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.model.initialize import initialize
 from nemotron3_megatron.model.transformer_config import transformer_config
 from nemotron3_megatron.platform import Platform
-from nemotron3_megatron.platform.base import Spec
+from nemotron3_megatron.platform.base import Spec, cores_per_rank
 from nemotron3_megatron.precision.backend import Backend
 from nemotron3_megatron.precision.lowering.recipes import model_fields
 
@@ -49,7 +49,7 @@ def build_model(
             config=config,
             hybrid_stack_spec=spec,
             vocab_size=run.model.vocab_size,
-            max_sequence_length=max(s.seq_length for s in run.stages),
+            max_sequence_length=run.longest,
             hybrid_layer_pattern=run.layout.hybrid_layer_pattern,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
@@ -97,22 +97,22 @@ def stack_spec(run: Run, implementation: Spec, backend: Backend) -> ModuleSpec:
     if implementation == "te":
         from nemotron3_megatron.model.specs.te import te_stack_spec
 
-        local = has_local_experts(run, backend)
-        return te_stack_spec(model.mamba_chunk_size, model.num_moe_experts, local_experts=local)
+        device_counts = keeps_counts_on_device(run, backend)
+        return te_stack_spec(model.mamba_chunk_size, model.num_moe_experts, device_counts=device_counts)
     from nemotron3_megatron.model.specs.torch import torch_stack_spec
 
     return torch_stack_spec(model.mamba_chunk_size)
 
 
-def has_local_experts(run: Run, backend: Backend) -> bool:
-    """Whether the te spec's experts can do without token counts on the CPU (``model/local_experts.py``).
+def keeps_counts_on_device(run: Run, backend: Backend) -> bool:
+    """Whether the te spec's experts read their token counts on the GPU (``model/device_counts.py``).
 
-    Native kernels take them from there.
+    Native kernels take them from the CPU.
     """
     quantised = any(row.format != "bf16" for row in run.precision_plan.rows if row.role.startswith("moe.experts"))
-    alone = run.layout.ep == run.layout.etp == run.layout.tp == 1
+    whole = run.layout.etp == 1
     plain = run.parallel.moe_token_dispatcher_type == "alltoall" and "moe_act" not in run.parallel.recompute_modules
-    return alone and plain and run.precision.dtype == "bf16" and (not quantised or backend == "emulated")
+    return whole and plain and run.precision.dtype == "bf16" and (not quantised or backend == "emulated")
 
 
 def model_sharded_state(chunk: Nemotron3Model, groups: ProcessGroupCollection) -> ShardedStateDict:
@@ -139,7 +139,7 @@ def _keep_float32(chunk: nn.Module) -> None:
 
 
 def _initialize(chunk: Nemotron3Model, run: Run, groups: ProcessGroupCollection) -> None:
-    written = initialize(model_sharded_state(chunk, groups), run.model, run.seed)
+    written = initialize(model_sharded_state(chunk, groups), run.model, run.seed, cores_per_rank())
     expected = sum(t.numel() for t in (*chunk.parameters(), *_saved_buffers(chunk)))
     if written != expected:
         raise RuntimeError(f"initialised {written} of {expected} elements: a parameter has no global name")

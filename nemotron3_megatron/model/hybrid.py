@@ -5,6 +5,7 @@ Shapes: B batch, S local sequence, H hidden, V vocabulary shard, D MTP depths.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from nemotron3_megatron.model.attention import document_params, whole_documents
 from nemotron3_megatron.model.layers import RMSNorm
-from nemotron3_megatron.model.vocabulary_loss import vocabulary_loss
+from nemotron3_megatron.model.vocabulary_loss import losses_or_logits
 
 
 class TorchHybridStack(HybridStack):  # type: ignore[misc]
@@ -49,6 +50,7 @@ class Nemotron3Model(HybridModel):  # type: ignore[misc]
         if self.post_process:
             # Its own forward makes logits only; gradients are added up by the loss.
             self.output_layer.gradient_accumulation_fusion = False
+            self.output_layer.forward = partial(losses_or_logits, self.output_layer)
 
     def forward(
         self,
@@ -97,7 +99,8 @@ class Nemotron3Model(HybridModel):  # type: ignore[misc]
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of every position: hidden (S, B, H) and labels (B, S) -> (B, S) float32."""
         if hidden.is_cuda:
-            return vocabulary_loss(hidden, self.output_layer, labels)
+            losses: Tensor = self.output_layer(hidden, labels=labels)
+            return losses
         logits, _ = self.output_layer(hidden)
         loss: Tensor = self.compute_language_model_loss(labels, logits)
         return loss.float()

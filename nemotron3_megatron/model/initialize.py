@@ -15,6 +15,8 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,26 +41,25 @@ _RESIDUAL_OUTPUTS = re.compile(r"(linear_proj|linear_fc2|out_proj|fc2_latent_pro
 _NORMS = re.compile(r"(layer_?norm(_weight|\.weight)?|norm\.weight|[eh]norm\.weight)$")
 
 
-def initialize(sharded: ShardedStateDict, model: ModelConfig, seed: int) -> int:
+def initialize(sharded: ShardedStateDict, model: ModelConfig, seed: int, threads: int = 1) -> int:
     """Fill the parameters behind a model's sharded state dict in place.
 
     Args:
         sharded: ``chunk.sharded_state_dict(...)``; its tensors alias the parameters.
         model: gives standard deviations.
         seed: the run's seed.
+        threads: draw at a time; of no effect on the values.
 
     Returns:
         Elements written (parameters and expert biases of this shard).
     """
     apply_factories(sharded)
-    written = 0
-    with torch.no_grad():
-        for tensor in nested_values(sharded):
-            if isinstance(tensor, ShardedTensor):
-                values = torch.from_numpy(_shard(tensor, draw_for(tensor.key, model), seed))
-                tensor.data.copy_(values.view(tensor.data.shape))
-                written += tensor.data.numel()
-    return written
+    tensors = [tensor for tensor in nested_values(sharded) if isinstance(tensor, ShardedTensor)]
+    blocks = [block for tensor in tensors for block in _blocks(tensor, draw_for(tensor.key, model), seed)]
+    with ThreadPoolExecutor(threads) as pool:  # NumPy and torch leave the interpreter's lock to the others
+        for _ in pool.map(_fill, blocks):
+            pass
+    return sum(tensor.data.numel() for tensor in tensors)
 
 
 def draw_for(name: str, model: ModelConfig) -> Draw:
@@ -102,23 +103,42 @@ def _dt_bias(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
     return inverse
 
 
-def _shard(tensor: ShardedTensor, draw: Draw, seed: int) -> FloatArray:
-    """This rank's slice of the global tensor, shape ``tensor.data.shape``."""
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows of one stream, and what of them lies in this rank's shard."""
+
+    target: torch.Tensor
+    draw: Draw
+    stream: str
+    """Seed, name and block: the key of the stream."""
+    shape: tuple[int, ...]
+    """Of the whole block, (rows, *whole row)."""
+    part: tuple[slice, ...]
+    """The shard's rows and columns in it."""
+
+
+def _blocks(tensor: ShardedTensor, draw: Draw, seed: int) -> Iterator[_Block]:
+    """Row blocks that cover this rank's slice of the global tensor; none of a simulated rank's."""
+    if tensor.data.is_meta:
+        return
     lead = tensor.prepend_axis_num
     offset, shape = tensor.global_offset, tensor.global_shape
-    local = tuple(tensor.data.shape)
-    rows = slice(offset[lead], offset[lead] + local[0]) if local else slice(0, 1)
-    key = f"{tensor.key}{list(offset[:lead])}"
-    whole_row = shape[lead + 1 :]
-    blocks = np.concatenate([draw(rng, (count, *whole_row)) for rng, count in _streams(key, seed, rows, shape[lead])])
-    inside = rows.start % BLOCK_ROWS
-    columns = tuple(slice(o, o + n) for o, n in zip(offset[lead + 1 :], local[1:], strict=True))
-    return np.ascontiguousarray(blocks[(slice(inside, inside + rows.stop - rows.start), *columns)])
+    first, last = offset[lead], offset[lead] + tensor.data.shape[0]
+    columns = tuple(slice(o, o + n) for o, n in zip(offset[lead + 1 :], tensor.data.shape[1:], strict=True))
+    for block in range(first // BLOCK_ROWS, math.ceil(last / BLOCK_ROWS)):
+        top = block * BLOCK_ROWS
+        rows = slice(max(first, top) - top, min(last, top + BLOCK_ROWS) - top)
+        yield _Block(
+            target=tensor.data[top + rows.start - first : top + rows.stop - first],
+            draw=draw,
+            stream=f"{seed}/{tensor.key}{list(offset[:lead])}/{block}",
+            shape=(min(BLOCK_ROWS, shape[lead] - top), *shape[lead + 1 :]),
+            part=(rows, *columns),
+        )
 
 
-def _streams(key: str, seed: int, rows: slice, total_rows: int) -> Iterator[tuple[np.random.Generator, int]]:
-    """Generators of the row blocks that cover ``rows``, with the number of rows in each block."""
-    for block in range(rows.start // BLOCK_ROWS, math.ceil(rows.stop / BLOCK_ROWS)):
-        digest = hashlib.blake2b(f"{seed}/{key}/{block}".encode(), digest_size=16).digest()
-        count = min(BLOCK_ROWS, total_rows - block * BLOCK_ROWS)
-        yield np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))), count
+def _fill(block: _Block) -> None:
+    digest = hashlib.blake2b(block.stream.encode(), digest_size=16).digest()
+    whole = block.draw(np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))), block.shape)
+    with torch.no_grad():  # grad mode is a thread's own
+        block.target.copy_(torch.from_numpy(np.ascontiguousarray(whole[block.part])))

@@ -43,6 +43,18 @@ def vocabulary_loss(hidden: Tensor, output_layer: ColumnParallelLinear, labels: 
     return losses.view(length, batch).transpose(0, 1)
 
 
+def losses_or_logits(
+    output_layer: ColumnParallelLinear, hidden: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any
+) -> Any:
+    """The output layer's ``forward``: with ``labels`` :func:`vocabulary_loss`, without them its own.
+
+    The loss is made inside a call of the module because DDP's hooks wait there for its gathered weight.
+    """
+    if labels is not None:
+        return vocabulary_loss(hidden, output_layer, labels)
+    return type(output_layer).forward(output_layer, hidden, *args, **kwargs)
+
+
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: ProcessGroup, fused: bool) -> Tensor:

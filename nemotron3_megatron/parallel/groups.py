@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nemotron3_megatron.config.run import Layout, Run
 from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.resilience.restart import rendezvous
 
 _SEED_STRIDE = 1_000_003
 """Between the seeds of ranks: a prime, so that runs with neighbouring seeds share none."""
@@ -25,7 +27,9 @@ def start_groups(run: Run, platform: Platform, *, timeout_s: float = 1800.0) -> 
         timeout_s: after this long without progress a collective fails.
     """
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(platform.collective_backend, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        meeting = rendezvous(os.environ, timeout)
+        torch.distributed.init_process_group(platform.collective_backend, timeout=timeout, **meeting)
     layout: Layout = run.layout
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,

@@ -6,7 +6,7 @@ operations save counts once, where it is made; buffers that live inside one oper
 
 Sources: Transformer Engine 2.20 ``module/layernorm_linear.py``, ``linear.py``, ``permutation.py``; mamba-ssm 2.3
 ``ssd_combined.py``; Megatron-Core 0.19 ``transformer/moe``, ``fusions/fused_weighted_squared_relu.py``; our
-``model/vocabulary_loss.py`` and ``model/local_experts.py``. The torch spec keeps more: its kernels are unfused.
+``model/vocabulary_loss.py`` and ``model/device_counts.py``. The torch spec keeps more: its kernels are unfused.
 A quantised linear saves a quantised copy of its input in place of it (``plan/quantised.py``).
 """
 
@@ -47,8 +47,8 @@ class Shape:
     """Tokens of the fullest expert-parallel rank over the mean."""
     copies: Mapping[Role, float]
     """Bytes an element that quantised linears save of their input (``quantised.input_bytes_saved``)."""
-    stacks_experts: bool
-    """Experts are all on this rank and unquantised: each of their linears copies its weights into one tensor."""
+    groups_experts: bool
+    """One product serves all unquantised experts: their weights, and the gradients, are in one tensor meanwhile."""
 
     @property
     def model(self) -> ModelConfig:
@@ -75,15 +75,15 @@ def shape(run: Run, stage: Stage, imbalance: float = 1.0) -> Shape:
     layout = run.layout
     tokens = stage.micro_batch_size * stage.seq_length // layout.cp
     between = tokens // layout.tp if layout.sequence_parallel else tokens
-    return Shape(run, tokens, between, imbalance, input_bytes_saved(run), _stacks_experts(run))
+    return Shape(run, tokens, between, imbalance, input_bytes_saved(run), _groups_experts(run))
 
 
-def _stacks_experts(run: Run) -> bool:
-    """As ``model/builder.py`` ``has_local_experts`` and ``model/local_experts.py`` decide."""
-    alone = run.layout.ep == run.layout.etp == run.layout.tp == 1 and run.precision.dtype == "bf16"
+def _groups_experts(run: Run) -> bool:
+    """As ``model/builder.py`` ``keeps_counts_on_device`` decides, of experts that are not quantised."""
     plain = run.parallel.moe_token_dispatcher_type == "alltoall" and "moe_act" not in run.parallel.recompute_modules
     rows = run.precision_plan.rows
-    return alone and plain and all(row.format == "bf16" for row in rows if row.role.startswith("moe.experts"))
+    bf16 = all(row.format == "bf16" for row in rows if row.role.startswith("moe.experts"))
+    return run.layout.etp == 1 and plain and bf16 and run.precision.dtype == "bf16"
 
 
 def layer(at: Shape, symbol: str) -> Kept:
@@ -133,15 +133,22 @@ def _attention(at: Shape) -> Kept:
     context, which is linear_proj's input too, 2 Q; the softmax's logarithm 4 heads. No scores: the kernel is fused.
     Recomputing ``core_attn`` saves the logarithm only. Keys and values travel around the context-parallel ring in two
     buffers. Backward: gradients of queries, keys and values, and of queries in FP32 besides.
+
+    Where ranks are more than groups, linear_qkv's output is gathered over them and the views hold all of it, 2 (Q + K)
+    tp; so do, backward, its gradient, and that of the rank's group before it is scattered.
     """
     model, tp = at.model, at.run.layout.tp
     query = model.num_attention_heads * model.kv_channels // tp
-    key_value = 2 * max(model.num_query_groups, tp) * model.kv_channels // tp
+    key_value = 2 * max(model.num_query_groups // tp, 1) * model.kv_channels
+    spans_ranks = model.num_query_groups < tp
+    projected = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels if spans_ranks else 0
     logarithm = 0 if at.recomputes("core_attn") else FLOAT * model.num_attention_heads // tp
     copied = round(at.copies.get("attention.proj", 0) * query)
-    saved = _norm_linear(at, "attention.qkv") + at.tokens * (at.value * (3 * query + key_value) + copied + logarithm)
+    held = 2 * query + (projected or query + key_value)
+    saved = _norm_linear(at, "attention.qkv") + at.tokens * (at.value * held + copied + logarithm)
     ring = 2 * key_value if at.run.layout.cp > 1 else 0
-    backward = at.tokens * (at.value * (2 * query + key_value + ring) + FLOAT * query)
+    gathered = projected + projected // model.num_query_groups
+    backward = at.tokens * (at.value * (2 * query + key_value + ring + gathered) + FLOAT * query)
     return Kept(saved, backward + _gathered(at))
 
 
@@ -169,8 +176,8 @@ def _moe(at: Shape) -> Kept:
     expert, of width S / tp on all T tokens: the activation's input and fc2's input. ``moe`` recomputes all but the
     norm, ``shared_experts`` the shared part, ``moe_act`` fc2's input, ``layernorm`` the norm's output.
 
-    Experts that are all local (``model/local_experts.py``) keep a stacked copy of their weights, too.
-    Backward: gradients of the experts' rows on both sides and of both F, and the all-to-all's two copies.
+    Backward: gradients of the experts' rows on both sides and of both F, the all-to-all's two copies, and where one
+    product serves all experts (``model/device_counts.py``) their weights' gradients, a linear at a time.
     """
     model, layout = at.model, at.run.layout
     routed = _rows(at) * at.value
@@ -182,11 +189,10 @@ def _moe(at: Shape) -> Kept:
     projected = round(at.saved_input("moe.latent_up") * at.between * (model.moe_latent_size or 0))
     wide = (model.moe_shared_expert_intermediate_size or 0) // layout.tp
     shared = round((at.value + at.saved_input("moe.shared.fc2")) * at.tokens * wide)
-    stacked = _stacked(at)
-    inside = router + experts + projected + shared + stacked
+    inside = router + experts + projected + shared
     saved = inside - (shared if at.recomputes("shared_experts") else 0)
     travelling = 2 * routed * latent if layout.ep > 1 else 0
-    gradient = at.value * latent * width * (model.num_moe_experts // layout.ep) if stacked else 0
+    gradient = at.value * latent * width * (model.num_moe_experts // layout.ep) if at.groups_experts else 0
     backward = 2 * routed * (latent + width) + travelling + gradient + _gathered(at)
     norm = normed + FLOAT * at.between
     if at.recomputes("moe"):
@@ -217,14 +223,6 @@ def largest_imbalance(run: Run) -> float:
     """Every token of the expert-parallel ranks chooses as many experts of one rank as there are."""
     model, ep = run.model, run.layout.ep
     return ep * min(model.moe_router_topk, model.num_moe_experts // ep) / model.moe_router_topk
-
-
-def _stacked(at: Shape) -> int:
-    """The copy that local experts keep of their unquantised weights."""
-    if not at.stacks_experts:
-        return 0
-    width = at.model.moe_latent_size or at.model.hidden_size
-    return at.value * 2 * width * at.model.moe_ffn_hidden_size * at.model.num_moe_experts
 
 
 def ends(at: Shape, chunk: Chunk) -> int:

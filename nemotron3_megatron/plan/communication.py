@@ -54,7 +54,7 @@ def communication(run: Run, pp_rank: int, stage: Stage | None = None) -> tuple[C
 
     Routing is taken as balanced: a rank receives as many tokens as it sends.
     """
-    stage = stage or run.stages[0]
+    stage = stage or run.own_stages[0]
     segment = segments(run)[pp_rank]
     every = (
         *_tensor(run, stage, segment),
@@ -126,6 +126,7 @@ def _tensor(run: Run, stage: Stage, segment: Segment) -> Iterator[Collective]:
     """With sequence parallelism a pair of linears gathers and scatters once each way, and gathers again for wgrad."""
     model, layout, group = run.model, run.layout, groups(run)["tp"]
     whole = _tokens(run, stage) * model.hidden_size * value_bytes(run)
+    yield from _projected(run, stage, segment)
     depths = model.mtp_depths * segment.is_last
     passed = [kind for kind in kinds(model, segment) if kind != "moe" or model.moe_shared_expert_intermediate_size]
     forward = sum(forwards(run, kind) for kind in passed)
@@ -142,6 +143,17 @@ def _tensor(run: Run, stage: Stage, segment: Segment) -> Iterator[Collective]:
     scattered = forward + len(passed) + tables + outputs + 2 * depths
     yield _layer("layers, vocabulary", "all-gather", group, gathered * whole)
     yield _layer("layers, vocabulary", "reduce-scatter", group, scattered * whole)
+
+
+def _projected(run: Run, stage: Stage, segment: Segment) -> Iterator[Collective]:
+    """Where ranks are more than key-value groups, the product of linear_qkv is gathered over them, whole."""
+    model, group = run.model, groups(run)["tp"]
+    if model.num_query_groups < group.size:
+        width = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+        layers = list(kinds(model, segment)).count("attention")
+        whole = layers * _tokens(run, stage) * width * value_bytes(run)
+        yield _layer("attention Q, K, V", "all-gather", group, forwards(run, "attention") * whole)
+        yield _layer("attention Q, K, V", "reduce-scatter", group, whole)
 
 
 def _context(run: Run, stage: Stage, segment: Segment) -> Iterator[Collective]:

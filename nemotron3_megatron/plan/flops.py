@@ -62,7 +62,7 @@ def work(model: ModelConfig, plan: PrecisionPlan, seq_length: int) -> tuple[Work
 
 def work_of(run: Run) -> tuple[Work, ...]:
     """:func:`work` of a run's first stage."""
-    return work(run.model, run.precision_plan, run.stages[0].seq_length)
+    return work(run.model, run.precision_plan, run.own_stages[0].seq_length)
 
 
 def passes(row: PlanRow, model: ModelConfig) -> int:

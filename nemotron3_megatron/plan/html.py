@@ -130,7 +130,7 @@ def _figures(run: Run) -> Iterator[_Figure]:
     yield _Figure("active per token", counts.active, format_count(counts.active), f"{counts.active:,}")
     if counts.mtp:
         yield _Figure("MTP, beside", counts.mtp, format_count(counts.mtp), f"{counts.mtp:,}")
-    yield _Figure("tokens", tokens, format_count(tokens), f"{run.stages[0].tokens_per_step:,} a step")
+    yield _Figure("tokens", tokens, format_count(tokens), f"{run.own_stages[0].tokens_per_step:,} a step")
     yield _Figure("memory", gib, f"{gib:.3g} GiB", of_gpu, is_over=gib > gpu.memory_gib)
     yield _Figure("step", guess.step_seconds, f"{guess.step_seconds:.3g} s", "estimate")
     yield _Figure("tokens/s a GPU", rate, f"{rate:,.0f}", f"{guess.tflops_per_gpu:,.0f} TFLOP/s")

@@ -58,12 +58,12 @@ TERMS = tuple(item.name for item in fields(Memory))
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The memory of every pipeline rank, in the curriculum's hungriest stage."""
+    """The memory of every pipeline rank, in the hungriest of the stages that share the run's layout."""
 
     ranks: tuple[Memory, ...]
     """By pipeline rank."""
-    stage: str
-    """Of the curriculum."""
+    stage: Stage
+    """Of the curriculum, in the hungriest of its shapes."""
     checkpoint_host: int
     """Bytes of CPU memory that a rank needs while it saves: its weights and optimizer state."""
 
@@ -87,14 +87,15 @@ def memory_plan(run: Run, *, imbalance: float = 1.0) -> MemoryPlan:
             ``activations.largest_imbalance``).
     """
     kept = weight_bytes_kept(run)
-    alike = {(stage.seq_length, stage.micro_batch_size, stage.num_microbatches): stage for stage in run.stages[::-1]}
+    shapes = [part for stage in run.own_stages[::-1] for part in stage.by_shape()[::-1]]
+    alike = {(part.seq_length, part.micro_batch_size, part.num_microbatches): part for part in shapes}
     plans = [_plan(shape(run, stage, imbalance), stage, kept) for stage in reversed(alike.values())]
     return max(plans, key=lambda plan: plan.fullest.total)
 
 
 def _plan(at: Shape, stage: Stage, kept: dict[Role, float]) -> MemoryPlan:
     ranks = tuple(_rank_memory(at, stage, kept, rank) for rank in range(at.run.layout.pp))
-    return MemoryPlan(ranks, stage.name, max(memory.weights + memory.optimizer for memory in ranks))
+    return MemoryPlan(ranks, stage, max(memory.weights + memory.optimizer for memory in ranks))
 
 
 def _rank_memory(at: Shape, stage: Stage, kept: dict[Role, float], pp_rank: int) -> Memory:

@@ -114,9 +114,9 @@ def _changes(run: Run) -> Iterator[Change]:
         fields = (("recompute", "full"), ("recompute_modules", ()))
         text = "parallel.recompute=full" + (" parallel.recompute_modules=[]" if parallel.recompute_modules else "")
         yield Change(text, 0.33, "recompute", fields)
-    largest = max(stage.micro_batch_size for stage in run.stages)
+    largest = max(stage.micro_batch_size for stage in run.own_stages)
     if largest > 1:
-        text = " ".join(f"stages.{stage.name}.micro_batch_size=1" for stage in run.stages)
+        text = " ".join(f"stages.{stage.name}.micro_batch_size=1" for stage in run.own_stages)
         yield Change(text, 0.05, "batch", micro_batch_size=1)
     for factor, cost in ((2, 0.04), (4, 0.1), (8, 0.2)):
         for name, weight in (("ep", 1.0), ("tp", 2.0), ("pp", 1.5)):
@@ -143,7 +143,7 @@ def _recipe_of(run: Run) -> Recipe:
             global_batch_size=stage.global_batch_size,
             micro_batch_size=stage.micro_batch_size,
         )
-        for stage in run.stages
+        for stage in run.own_stages
     }
     return Recipe(
         name=run.name,

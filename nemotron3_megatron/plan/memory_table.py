@@ -38,8 +38,7 @@ def draw_memory_chart(path: Path, run: Run) -> None:
     from nemotron3_megatron.plan.memory_chart import draw_memory  # Matplotlib
 
     plan = memory_plan(run)
-    stage = next(stage for stage in run.stages if stage.name == plan.stage)
-    layout = run.layout
+    stage, layout = plan.stage, run.layout
     subtitle = (
         f"{layout.world_size:,} GPUs: TP {layout.tp}, PP {layout.pp}, CP {layout.cp}, EP {layout.ep}, DP {layout.dp};"
         f" stage {stage.name}: micro-batch {stage.micro_batch_size} of {stage.seq_length:,} tokens;"
@@ -58,7 +57,8 @@ def memory_tables(run: Run) -> Iterator[Table]:
 def _terms(plan: MemoryPlan) -> Table:
     names = [_TITLES.get(name, name) for name in TERMS]
     host = f"{plan.checkpoint_host / GIB:.2f} GiB of CPU memory a rank while a checkpoint is saved"
-    table = new_table(f"Memory: GiB of the fullest GPU, stage {plan.stage} ({host})", "pipeline rank", *names, "total")
+    title = f"Memory: GiB of the fullest GPU, stage {plan.stage.name} ({host})"
+    table = new_table(title, "pipeline rank", *names, "total")
     for label, memory in _rows(plan):
         terms = (f"{getattr(memory, name) / GIB:.2f}" for name in TERMS)
         table.add_row(label, *terms, f"[bold]{memory.total / GIB:.2f}[/]")

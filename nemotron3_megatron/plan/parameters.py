@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
 
 from nemotron3_megatron.config.run import Run
@@ -42,6 +42,8 @@ class Chunk:
 
     layers: str
     """Symbols of the main stack."""
+    start: int
+    """Global number of the first of them."""
     first: bool
     """Holds the embedding."""
     last: bool
@@ -51,8 +53,9 @@ class Chunk:
 def chunks(run: Run, pp_rank: int) -> tuple[Chunk, ...]:
     """The model chunks of a pipeline rank: segment v * pp + rank is its chunk v."""
     segments = run.layout.hybrid_layer_pattern.partition("/")[0].split("|")
+    starts = list(accumulate(map(len, segments), initial=0))
     mine = range(pp_rank, len(segments), run.layout.pp)
-    return tuple(Chunk(segments[index], index == 0, index == len(segments) - 1) for index in mine)
+    return tuple(Chunk(segments[index], starts[index], index == 0, index == len(segments) - 1) for index in mine)
 
 
 def chunk_parameters(run: Run, chunk: Chunk) -> tuple[Parameter, ...]:

@@ -98,7 +98,7 @@ def _is_all_of_mtp(group: Group, plan: PrecisionPlan) -> bool:
 
 def shares_table(run: Run) -> Table:
     """Parameters and operations by format."""
-    shares = format_shares(run.precision_plan, run.model, run.stages[0].seq_length)
+    shares = format_shares(run.precision_plan, run.model, run.own_stages[0].seq_length)
     title = "Shares of the formats (forward pass of one token)"
     table = new_table(title, "", "modules", "parameters", "", "MFLOP", "", "")
     parameters, flops = (sum(getattr(share, name) for share in shares) for name in ("parameters", "flops"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +32,7 @@ from nemotron3_megatron.plan.time_table import (
 def as_json(run: Run) -> str:
     """The plan as data (names are stable, see the design)."""
     counts, precision = count_parameters(run.model), run.precision_plan
-    first = run.stages[0]
+    first = run.own_stages[0]
     plan = {
         "recipe": run.name,
         "world_size": run.layout.world_size,
@@ -147,14 +148,29 @@ def schedule_table(run: Run) -> Table:
         f" {schedule.warmup_tokens:,}, tail {schedule.wsd_decay_tokens:,}, decay ends at"
         f" {schedule.decay_end_tokens:,} tokens; stops after step {run.total_steps:,}"
     )
-    table = new_table(title, "stage", "steps", "tokens", "sequence", "global batch", "micro-batches")
+    table = new_table(
+        title, "stage", "steps", "tokens", "sequences of", "global batch", "micro-batches", "layout", "lr"
+    )
+    rates = {rate.first_token: f"{rate.lr:g}" for rate in schedule.constant}
     for stage in run.stages:
-        tokens = f"{stage.steps * stage.tokens_per_step:,}"
-        micro = f"{stage.num_microbatches} of {stage.micro_batch_size}"
+        parts, layout = stage.by_shape(), stage.layout or run.layout
         table.add_row(
-            stage.name, f"{stage.steps:,}", tokens, f"{stage.seq_length:,}", f"{stage.global_batch_size:,}", micro
+            stage.name,
+            f"{stage.steps:,}",
+            f"{stage.tokens:,}",
+            _each(f"{part.seq_length:,}" for part in parts),
+            _each(f"{part.global_batch_size:,}" for part in parts),
+            _each(f"{part.num_microbatches} of {part.micro_batch_size}" for part in parts),
+            f"TP{layout.tp} CP{layout.cp} PP{layout.pp} EP{layout.ep} DP{layout.dp}",
+            rates.get(stage.first_token, "schedule"),
         )
     return table
+
+
+def _each(texts: Iterable[str], most: int = 4) -> str:
+    """Different texts on a line each; a ramp-up may have very many."""
+    different = list(dict.fromkeys(texts))
+    return "\n".join(different if len(different) <= most else [*different[: most - 1], "..."])
 
 
 def origins_table(run: Run) -> Table:

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.config.run import Run, Stage
 from nemotron3_megatron.telemetry.throughput import format_count
 from nemotron3_megatron.train.schedule import learning_rate
 
@@ -35,8 +35,9 @@ def draw_schedule(path: Path, run: Run) -> None:
     axes = figure.add_axes((0.075, 0.17, 0.9, 0.66))
     end, schedule = run.tokens_at(run.total_steps), run.schedule
     # Corners are points of their own, so that they are sharp however short the warm-up is.
-    corners = (schedule.warmup_tokens, schedule.decay_end_tokens - schedule.wsd_decay_tokens, schedule.decay_end_tokens)
-    tokens = sorted({*np.linspace(0, end, _POINTS).astype(int).tolist(), *(c for c in corners if 0 < c < end)})
+    corners = [schedule.warmup_tokens, schedule.decay_end_tokens - schedule.wsd_decay_tokens, schedule.decay_end_tokens]
+    corners += [token for part in schedule.constant for token in (part.first_token - 1, part.first_token)]
+    tokens = sorted({*np.linspace(0, end - 1, _POINTS).astype(int).tolist(), *(c for c in corners if 0 < c < end)})
     rates = [learning_rate(schedule, token) for token in tokens]
     axes.plot(tokens, rates, color=_RATE, linewidth=2, zorder=3, solid_joinstyle="round")
     axes.fill_between(tokens, rates, color=_RATE, alpha=0.1, linewidth=0, zorder=2)
@@ -59,13 +60,13 @@ def draw_schedule(path: Path, run: Run) -> None:
 def _draw_stages(axes: Axes, run: Run, end: int) -> None:
     """A bed for each stage that the run reaches, its name above."""
     for index, stage in enumerate(run.stages):
-        first, last = stage.first_token, min(stage.first_token + stage.steps * stage.tokens_per_step, end)
+        first, last = stage.first_token, min(stage.tokens_at(stage.end_step), end)
         if first >= end:
             return
         axes.axvspan(first, last, color=_BEDS[index % 2], linewidth=0, zorder=0)
         is_wide = last - first > _NARROWEST * end
         axes.annotate(
-            f"{stage.name}: {format_count(last - first)} tokens, sequences of {stage.seq_length:,}"
+            f"{stage.name}: {format_count(last - first)} tokens, sequences of {_lengths(stage)}"
             if last - first > 3 * _NARROWEST * end
             else stage.name,
             ((first + last) / 2 if is_wide else last, 1),
@@ -76,3 +77,7 @@ def _draw_stages(axes: Axes, run: Run, end: int) -> None:
             fontsize=8.5,
             color=_INK,
         )
+
+
+def _lengths(stage: Stage) -> str:
+    return " and ".join(dict.fromkeys(f"{shape.seq_length:,}" for shape in stage.shapes))

@@ -14,11 +14,13 @@ from itertools import product
 from typing import Literal
 
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.parts import is_uniform, part, stage_in_force
 from nemotron3_megatron.config.precision import precision_rules
 from nemotron3_megatron.config.recipe import Recipe
 from nemotron3_megatron.config.resolve import derive, resolve
-from nemotron3_megatron.config.rules import RULES
 from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.config.schedule import lengths
+from nemotron3_megatron.config.stage_rules import RULES
 from nemotron3_megatron.plan.communication import value_bytes
 from nemotron3_megatron.plan.hardware import Gpu, gpu_of
 from nemotron3_megatron.plan.memory import GIB, memory_plan
@@ -127,6 +129,8 @@ def search(recipe: Recipe, world_size: int, *, most: int = 10) -> Search:
     Raises:
         UserError: no layout is legal.
     """
+    if recipe.stages and not is_uniform(recipe):  # the layout is sought for the stages that share one
+        recipe = part(recipe, stage_in_force(recipe, 0), world_size).recipe
     runs = list(legal_runs(recipe, world_size))
     # With no legal layout, what the simplest one is refused for.
     gpu = gpu_of(runs[0][1] if runs else resolve(with_choice(recipe, Choice()), world_size))
@@ -139,7 +143,7 @@ def search(recipe: Recipe, world_size: int, *, most: int = 10) -> Search:
     while heap and len(best) < most:
         candidate = heappop(heap)
         if not candidate.exact:
-            seconds = step_time(candidate.run, gpu, candidate.run.stages[0]).total
+            seconds = step_time(candidate.run, gpu, candidate.run.own_stages[0]).total
             heappush(heap, replace(candidate, seconds=seconds, exact=True))
             continue
         total, planned = memory_plan(candidate.run).fullest.total, planned + 1
@@ -154,7 +158,7 @@ def search(recipe: Recipe, world_size: int, *, most: int = 10) -> Search:
 
 def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
     """Every layout and micro-batch worth a thought, legal or not, without recomputation."""
-    longest = max(stage.seq_length for stage in recipe.stages.values())
+    longest = max(length.seq_length for stage in recipe.stages.values() for length in lengths(stage, 1).values())
     powers = [size for size in (2**power for power in range(world_size.bit_length())) if world_size % size == 0]
     tensor = [size for size in powers if size <= MAX_TP]
     context = [size for size in powers if size == 1 or longest // size >= FEWEST_TOKENS]
@@ -221,7 +225,7 @@ def _recomputing_more(candidate: _Candidate, gpu: Gpu) -> _Candidate:
 
 def _candidate(choice: Choice, run: Run, gpu: Gpu, number: int) -> _Candidate:
     """By the last pipeline rank, which has the output layer and MTP; the others are looked at when it matters."""
-    return _Candidate(rank_time(run, gpu, run.stages[0], run.layout.pp - 1).total, number, choice, run)
+    return _Candidate(rank_time(run, gpu, run.own_stages[0], run.layout.pp - 1).total, number, choice, run)
 
 
 def _hopeful(runs: list[tuple[Choice, Run]], limit: float) -> list[tuple[Choice, Run]]:

@@ -45,7 +45,7 @@ class Estimate:
 
     gpu: str
     step: StepTime
-    """Of the first stage."""
+    """Of the first stage of the run's layout."""
     step_seconds: float
     tokens_per_second_per_gpu: float
     tflops_per_gpu: float
@@ -59,22 +59,25 @@ class Estimate:
 
 def estimate(run: Run, gpu: Gpu) -> Estimate:
     """Estimate a run on this GPU."""
-    times = [step_time(run, gpu, stage) for stage in run.stages]
-    seconds, first, world = times[0].total, run.stages[0], run.layout.world_size
-    rate = first.tokens_per_step / seconds / world
+    first = run.own_stages[0]
+    step = step_time(run, gpu, first)
+    rate = first.tokens_per_step / step.total / run.layout.world_size
     flops = rate * flops_per_token(run.model, first.seq_length)
-    whole = 0.0
-    for stage, time in zip(run.stages, times, strict=True):
-        whole += max(0, min(stage.end_step, run.total_steps) - stage.first_step) * time.total
+    whole = rank_seconds = 0.0
+    for stage in run.stages:
+        there = run.for_stage(stage)
+        for part in stage.until(run.total_steps).by_shape():
+            seconds = part.steps * step_time(there, gpu, part).total
+            whole, rank_seconds = whole + seconds, rank_seconds + seconds * there.layout.world_size
     return Estimate(
         gpu=gpu.name,
-        step=times[0],
-        step_seconds=seconds,
+        step=step,
+        step_seconds=step.total,
         tokens_per_second_per_gpu=rate,
         tflops_per_gpu=flops / 1e12,
         mfu=flops / gpu.bf16,
         days=whole / 86400,
-        gpu_hours=whole / 3600 * world,
+        gpu_hours=rank_seconds / 3600,
     )
 
 

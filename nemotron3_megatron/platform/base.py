@@ -63,3 +63,8 @@ def core_count() -> int:
     """Cores this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def cores_per_rank() -> int:
+    """Cores for each of this node's ranks, under torchrun; at least 1."""
+    return max(1, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -11,6 +11,7 @@ import torch
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.platform.base import Spec
 from nemotron3_megatron.platform.cpu import unfused_flags
+from nemotron3_megatron.platform.kernel_cache import announce_compilation
 
 _TE_SPEC_MODULES = ("transformer_engine.pytorch", "mamba_ssm.ops.triton.ssd_combined", "causal_conv1d")
 
@@ -58,6 +59,7 @@ class CudaPlatform:
                 nearest=f"--nproc-per-node={visible}",
             )
         torch.cuda.set_device(local_rank)
+        announce_compilation()
 
     def megatron_flags(self, spec: Spec | None = None) -> dict[str, object]:
         """Fused kernels with Transformer Engine, none without.

@@ -15,13 +15,14 @@ def weight_shape(role: Role, model: ModelConfig, tp: int = 1, etp: int = 1) -> t
     """Outputs and inputs of a role's linear on one rank, of one expert where there are many.
 
     Megatron-Core splits outputs of the first linear of a pair and inputs of the second; latent projections are whole
-    on every rank, and a rank has at least one key-value group.
+    on every rank. Keys and values are split even where ranks are more than key-value groups (their product is gathered
+    then, core/transformer/attention.py ``get_query_key_value_tensors``).
     """
     hidden, routed = model.hidden_size, model.moe_latent_size or model.hidden_size
     inner = model.mamba_num_heads * model.mamba_head_dim
     states = 2 * model.mamba_num_groups * model.mamba_state_dim
     query = model.num_attention_heads * model.kv_channels
-    key_value = 2 * max(model.num_query_groups, tp) * model.kv_channels
+    key_value = 2 * model.num_query_groups * model.kv_channels
     shared = model.moe_shared_expert_intermediate_size or 0
     ffn = model.ffn_hidden_size or 0
     shapes: dict[Role, tuple[int, int]] = {

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
+
+Health = dict[str, dict[str, float]]
+"""Series name (``telemetry.health.SERIES``) to the value of each layer or role."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +88,17 @@ class StepRecord:
     """``native`` or ``emulated`` where the precision plan quantises something."""
     precision: tuple[OperandRecord, ...] = ()
     """Of quantised operands; empty in steps that were not sampled."""
+    health: Health = field(default_factory=dict)
+    """Diagnostics by layer or role (``telemetry.health``); empty in steps that were not sampled."""
+    time_s: float | None = None
+    """When it was recorded, in seconds since 1970."""
 
     def to_json(self) -> str:
-        """One strict JSON object without a line break; ``precision`` is left out where it is empty."""
+        """One strict JSON object without a line break; ``precision`` and ``health`` are left out where empty."""
         fields = asdict(self)
         operands = [_with_null(operand) for operand in fields.pop("precision")]
-        return _dump(fields | ({"precision": operands} if operands else {}))
+        health = _health_to_json(fields.pop("health"))
+        return _dump(fields | ({"precision": operands} if operands else {}) | ({"health": health} if health else {}))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -101,6 +109,7 @@ class StepRecord:
         """
         fields = _load(text, cls.__slots__, ("loss", "grad_norm", "lr", "tokens_per_s", "step_time_s"))
         fields["precision"] = tuple(_operand(found) for found in fields.get("precision", ()))
+        fields["health"] = _health_from_json(fields.get("health", {}))
         return _construct(cls, fields)
 
 
@@ -113,10 +122,14 @@ class EvalRecord:
     stage: str
     validation_loss: float
     mtp_losses: tuple[float, ...] = ()
+    health: Health = field(default_factory=dict)
+    """Expert load by layer (``telemetry.health``); empty without experts."""
 
     def to_json(self) -> str:
-        """One strict JSON object without a line break."""
-        return _dump(asdict(self))
+        """One strict JSON object without a line break; ``health`` is left out where it is empty."""
+        fields = asdict(self)
+        health = _health_to_json(fields.pop("health"))
+        return _dump(fields | ({"health": health} if health else {}))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -125,7 +138,20 @@ class EvalRecord:
         Raises:
             ValueError: the text is not a JSON object or lacks a required key.
         """
-        return _construct(cls, _load(text, cls.__slots__, ("validation_loss",)))
+        fields = _load(text, cls.__slots__, ("validation_loss",))
+        fields["health"] = _health_from_json(fields.get("health", {}))
+        return _construct(cls, fields)
+
+
+def _health_to_json(health: Health) -> dict[str, dict[str, float | None]]:
+    return {name: _with_null(values) for name, values in health.items()}
+
+
+def _health_from_json(found: dict[str, dict[str, float | None]]) -> Health:
+    return {
+        name: {row: math.nan if value is None else value for row, value in values.items()}
+        for name, values in found.items()
+    }
 
 
 def _finite(value: Any) -> Any:

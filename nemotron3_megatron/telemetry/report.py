@@ -19,6 +19,7 @@ from nemotron3_megatron.telemetry.html import Picture, Section, page
 from nemotron3_megatron.telemetry.jsonlines import read_evals, read_steps
 from nemotron3_megatron.telemetry.precision_map import draw_precision_history, draw_precision_map
 from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
+from nemotron3_megatron.telemetry.report_health import draw_health, read_story, story_sections, tiles
 from nemotron3_megatron.telemetry.run_record import RunRecord, read_run_record, unigram_entropy
 from nemotron3_megatron.telemetry.scalars import most_flushed
 from nemotron3_megatron.telemetry.terminal_plot import Series, plot
@@ -73,7 +74,7 @@ def read_findings(run_dir: Path) -> Findings:
 
 
 def write_report(findings: Findings) -> list[Path]:
-    """Write ``loss.png``, pictures of sampled operands and ``report.html`` into the run directory.
+    """Write ``loss.png``, pictures of speed, health and operands, and ``report.html`` into the run directory.
 
     Returns:
         The files, ``report.html`` last.
@@ -86,10 +87,14 @@ def write_report(findings: Findings) -> list[Path]:
         title=f"{findings.record.run.name}: loss over training",
         unigram_entropy=findings.unigram_entropy,
     )
-    pictures = {picture: ("", "Loss curves"), **_draw_operands(findings)}
+    run, steps, story = findings.record.run, findings.steps, read_story(findings.run_dir, findings.steps)
+    pictures = {picture: ("", "Loss curves"), **draw_health(findings.run_dir, run, steps, story)}
+    pictures |= _draw_operands(findings)
     shown = [Picture(title, shows, path.read_bytes()) for path, (title, shows) in pictures.items()]
     title = f"{findings.record.run.name}: training report"
-    document.write_text(page(title, shown, _sections(findings)), encoding="utf-8")
+    first, *others = _sections(findings)
+    sections = [first, *story_sections(steps, findings.evals, story), *others]
+    document.write_text(page(title, shown, sections, tiles(run, steps, findings.evals, story)), encoding="utf-8")
     return [*pictures, document]
 
 
@@ -189,7 +194,13 @@ def _sections(findings: Findings) -> list[Section]:
         for e in findings.evals
     ]
     stages = [
-        (s.name, f"{s.first_step:,}", f"{s.steps:,}", f"{s.seq_length:,}", f"{s.global_batch_size:,}")
+        (
+            s.name,
+            f"{s.first_step:,}",
+            f"{s.steps:,}",
+            ", ".join(dict.fromkeys(f"{shape.seq_length:,}" for shape in s.shapes)),
+            ", ".join(dict.fromkeys(f"{shape.global_batch_size:,}" for shape in s.shapes)),
+        )
         for s in record.run.stages
     ]
     versions = [(name, found or "not installed") for name, found in record.versions.items()]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import mean
 
+from nemotron3_megatron.telemetry.health import health_scalars
 from nemotron3_megatron.telemetry.records import EvalRecord, OperandRecord, StepRecord
 
 
@@ -21,6 +22,8 @@ def step_scalars(record: StepRecord) -> dict[str, float]:
         "speed/step_time_s": record.step_time_s,
         **_by_depth("train", record.mtp_losses),
         **precision_scalars(record.precision),
+        **health_scalars("health", record.health),
+        **{f"health/mtp_{depth}_gap": loss - record.loss for depth, loss in enumerate(record.mtp_losses, start=1)},
     }
     if record.peak_memory_gib is not None:
         scalars["memory/peak_gib"] = record.peak_memory_gib
@@ -49,7 +52,11 @@ def most_flushed(operands: Sequence[OperandRecord]) -> OperandRecord:
 
 def eval_scalars(record: EvalRecord) -> dict[str, float]:
     """Curve name to value for one validation pass."""
-    return {"validation/loss": record.validation_loss, **_by_depth("validation", record.mtp_losses)}
+    return {
+        "validation/loss": record.validation_loss,
+        **_by_depth("validation", record.mtp_losses),
+        **health_scalars("validation/health", record.health),
+    }
 
 
 def _by_depth(group: str, losses: tuple[float, ...]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.model.builder import chosen_spec, has_local_experts
+from nemotron3_megatron.model.builder import chosen_spec, keeps_counts_on_device
 from nemotron3_megatron.platform import Platform
 from nemotron3_megatron.platform.base import Spec
 from nemotron3_megatron.precision.backend import Backend
@@ -74,14 +74,14 @@ class CapturedPasses:
         return _Capture(graph, own, output)
 
 
-def graph_obstacle(run: Run, spec: Spec, backend: Backend, *, local_experts: bool) -> str | None:
+def graph_obstacle(run: Run, spec: Spec, backend: Backend, *, device_counts: bool) -> str | None:
     """Why a run's passes cannot be captured, or None."""
     layout, parallel = run.layout, run.parallel
     has_experts = "E" in run.model.pattern + run.model.mtp_pattern
     obstacles = {
         "the torch spec counts experts' tokens on the CPU": spec != "te",
         "token counts of experts on several ranks, or quantised natively, are needed on the CPU": has_experts
-        and not local_experts,
+        and (layout.ep > 1 or not device_counts),
         "pipeline stages wait for each other": layout.pp > 1,
         "collectives of tensor and context parallel ranks are not captured": layout.tp > 1 or layout.cp > 1,
         "overlapped reduction of gradients starts collectives inside the backward pass": parallel.overlap_grad_reduce,
@@ -89,7 +89,10 @@ def graph_obstacle(run: Run, spec: Spec, backend: Backend, *, local_experts: boo
         "emulated rounding draws its random numbers from the CPU": backend == "emulated",
         "what quantisation loses is observed from Python (telemetry.precision_every)": backend != "none"
         and run.precision_every_steps is not None,
-        "stages differ in their shapes": len({(s.seq_length, s.micro_batch_size) for s in run.stages}) > 1,
+        "steps differ in their shapes": len(
+            {(shape.seq_length, shape.micro_batch_size) for stage in run.own_stages for shape in stage.shapes}
+        )
+        > 1,
     }
     return next((why for why, holds in obstacles.items() if holds), None)
 
@@ -104,7 +107,7 @@ def captured_passes(run: Run, platform: Platform, backend: Backend) -> CapturedP
     if wanted == "none":
         return None
     spec = chosen_spec(run.model, platform)
-    obstacle = graph_obstacle(run, spec, backend, local_experts=has_local_experts(run, backend))
+    obstacle = graph_obstacle(run, spec, backend, device_counts=keeps_counts_on_device(run, backend))
     if platform.name == "cpu":
         obstacle = "there is no GPU"
     if obstacle is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.data.training import TrainingData
 from nemotron3_megatron.telemetry.throughput import StepTimer
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
@@ -23,13 +24,13 @@ def run_steps(trainer: Trainer, data: TrainingData, progress: Progress, callback
     for callback in callbacks:
         callback.started(progress)
     while progress.step < run.total_steps and stop is None:
-        stage = run.stage_at(progress.step)
+        stage, shapes = run.stage_at(progress.step), _shapes_from(run, progress.step)
         lr = learning_rate(run.schedule, run.tokens_at(progress.step))
         for callback in callbacks:
             callback.before_step(progress.step + 1)
         trainer.platform.synchronize()
         timer.start()
-        result = train_step(trainer, data.next_step(stage), stage, lr)
+        result = train_step(trainer, data.next_step(*shapes), shapes[0], lr)
         trainer.platform.synchronize()
         seconds = timer.stop()
         progress.step += 1
@@ -48,6 +49,12 @@ def run_steps(trainer: Trainer, data: TrainingData, progress: Progress, callback
     for callback in reversed(callbacks):
         callback.finished(progress, stop)
     return stop if progress.step < run.total_steps else None
+
+
+def _shapes_from(run: Run, step: int) -> list[Shape]:
+    """The batch of a step and those of the steps after it that may be prepared ahead: under this start's layout."""
+    steps = range(step, min(step + 1 + run.data.num_prefetch, run.total_steps))
+    return [run.shape_at(ahead) for ahead in steps if run.can_train(run.stage_at(ahead))]
 
 
 def _first_stop(callbacks: Sequence[Callback], step: int) -> Stop | None:

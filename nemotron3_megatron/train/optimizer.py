@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.model.builder import model_sharded_state
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.model.transformer_config import DTYPES
+from nemotron3_megatron.train.trainable import FROZEN, drop_frozen_gradients, freeze, global_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class Update:
     grad_norm: float
     non_finite: tuple[str, ...] = ()
     """Global names of the parameters whose gradients stopped the update."""
+    reason: str = ""
+    """Why an update with finite gradients was refused."""
 
 
 def wrap_data_parallel(
@@ -49,6 +55,7 @@ def wrap_data_parallel(
         # Our own update looks at every gradient and skips the step instead of raising on one rank.
         check_for_nan_in_grad=False,
     )
+    freeze(chunks, run.trainable)
     with _side_stream():
         return [
             DistributedDataParallel(
@@ -117,8 +124,9 @@ def build_optimizer(
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
+    overrides = {**get_standard_config_overrides(config), ParamKey(attr=FROZEN): {"lr_mult": 0.0}}
     optimizer: MegatronOptimizer = get_megatron_optimizer(
-        config, model, use_gloo_process_groups=False, pg_collection=groups
+        config, model, overrides, use_gloo_process_groups=False, pg_collection=groups
     )
     for group in optimizer.param_groups:
         # Megatron-Core marks the groups without decay and leaves it to its own scheduler to heed the mark.
@@ -132,15 +140,24 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_mult", 1.0)
 
 
-def update(optimizer: MegatronOptimizer, model: list[DistributedDataParallel], clip_grad: float) -> Update:
+def update(
+    optimizer: MegatronOptimizer,
+    model: list[DistributedDataParallel],
+    clip_grad: float,
+    refuse: Callable[[], str] | None = None,
+) -> Update:
     """Clip and apply the gradients, or leave weights and moments untouched when any gradient is not finite.
 
-    All ranks decide alike: the norm is computed over all of them.
+    All ranks decide alike: the norm is computed over all of them, and ``refuse``, which may give a reason to leave
+    weights alone although gradients are finite, must answer alike.
     """
+    drop_frozen_gradients(model)
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return Update(False, norm, _non_finite_parameters(model))
+    if reason := refuse() if refuse is not None else "":
+        return Update(False, norm, reason=reason)
     if clip_grad > 0:
         clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, norm)
     optimizer.step_with_ready_grads()
@@ -156,22 +173,9 @@ def _non_finite_parameters(model: list[DistributedDataParallel]) -> tuple[str, .
 
 
 def _non_finite_in(chunk: Nemotron3Model) -> list[str]:
-    names = _global_names(chunk)
+    names = global_names(chunk)
     return [
         names.get(id(parameter), name)
         for name, parameter in chunk.named_parameters()
         if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all()
     ]
-
-
-def _global_names(chunk: Nemotron3Model) -> dict[int, str]:
-    """Checkpoint names by ``id(parameter)``, with an expert's number in brackets.
-
-    Module names would mislead: they count layers from the pipeline stage's first and experts from the rank's first.
-    """
-    names = {}
-    for tensor in nested_values(model_sharded_state(chunk, chunk.pg_collection)):
-        if isinstance(tensor, ShardedTensor | ShardedTensorFactory):
-            expert = tensor.global_offset[: tensor.prepend_axis_num] if isinstance(tensor, ShardedTensor) else ()
-            names[id(tensor.data)] = f"{tensor.key}{list(expert) or ''}"
-    return names

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from nemotron3_megatron.checkpoint.huggingface.start import is_imported, start_from_weights
 from nemotron3_megatron.checkpoint.store import CheckpointStore
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Run
@@ -17,15 +19,19 @@ from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
 from nemotron3_megatron.precision.lowering.names import named_linears
 from nemotron3_megatron.precision.observe import Observer
+from nemotron3_megatron.resilience.watch import Watch
 from nemotron3_megatron.telemetry.writers import Writer, build_writers
 from nemotron3_megatron.train.build import build_trainer
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
-from nemotron3_megatron.train.callbacks.checkpointing import Checkpointing
+from nemotron3_megatron.train.callbacks.checkpointing import Checkpointing, Saves
 from nemotron3_megatron.train.callbacks.precision import PrecisionTelemetry
 from nemotron3_megatron.train.callbacks.preemption import Preemption
 from nemotron3_megatron.train.callbacks.recording import Recording, Validation
+from nemotron3_megatron.train.callbacks.samples import SampleLog
 from nemotron3_megatron.train.loop import run_steps
+from nemotron3_megatron.train.minding import Minding, mind
 from nemotron3_megatron.train.record import write_run_record
+from nemotron3_megatron.train.stages import Boundaries, Side
 from nemotron3_megatron.train.step import Trainer, evaluate
 
 _log = logging.getLogger(__name__)
@@ -35,11 +41,12 @@ EXIT_START_AGAIN = 75
 """Saved, and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
 
 
-def train(run: Run) -> int:
+def train(run: Run, watch: Watch) -> int:
     """Train under torchrun until the run's target, resuming from its newest checkpoint.
 
     Returns:
-        The process exit code: EXIT_DONE, or EXIT_START_AGAIN after a preemption.
+        The process exit code: EXIT_DONE, or EXIT_START_AGAIN after a preemption or
+        at the end of a stage, if the next one has another layout or precision.
 
     Raises:
         UserError: something the user can mend (device, data, checkpoint) is wrong.
@@ -52,18 +59,27 @@ def train(run: Run) -> int:
     data = TrainingData(run, groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
     trainer = build_trainer(run, platform, groups)
     store = CheckpointStore(run.run_dir)
-    progress = _restore(trainer, data, store)
+    store.claim()
+    progress, last_step = _restore(trainer, data, store)
     if torch.distributed.get_rank() == 0:
         write_run_record(run, platform, trainer.backend)
-    stop = run_steps(trainer, data, progress, [preemption, *_callbacks(trainer, data, store, progress)])
+    boundaries = Boundaries(run, lambda: data.state_dict()["drawn"], last_step, _console())
+    minding = mind(trainer, watch, store)
+    callbacks = [preemption, *minding.first, *_callbacks(trainer, data, store, progress, boundaries, minding)]
+    stop = run_steps(minding.trainer, data, progress, [*callbacks, *minding.last])
     data.close()
+    store.release()
     # Not after an error: other ranks may be waiting in a collective that will never come.
     stop_groups()
-    return EXIT_START_AGAIN if stop is Stop.PREEMPTED else EXIT_DONE
+    return EXIT_START_AGAIN if stop in (Stop.PREEMPTED, Stop.NEXT_LAYOUT) else EXIT_DONE
 
 
-def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> Progress:
-    """Continue from the run's newest complete checkpoint, else from ``checkpoint.load``, else start anew."""
+def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> tuple[Progress, Side | None]:
+    """Continue from the run's newest complete checkpoint, else from ``checkpoint.load``, else start anew.
+
+    Returns:
+        How far the run is, and what the checkpoint knows of its last step.
+    """
     options = trainer.run.checkpoint
     newest = store.newest()
     if newest is not None and options.resume == "never":
@@ -76,8 +92,11 @@ def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> Pr
     if newest is not None and options.load is not None and rank_zero:
         _log.warning("checkpoint.load=%s is not used: the run continues from its own %s", options.load, newest)
     if newest is None and options.load is None:
-        return Progress()
+        return Progress(), None
     source = newest or Path(str(options.load))
+    if newest is None and is_imported(source):
+        start_from_weights(store, source, trainer.chunks, trainer.optimizer)
+        return Progress(), None
     state = store.load(source, trainer.chunks, trainer.optimizer)
     data.load_state_dict(state["data"], allow_data_change=options.allow_data_change)
     if rank_zero:
@@ -86,32 +105,52 @@ def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> Pr
             was, now = before["name"], trainer.run.precision.name
             _log.warning("the precision plan is not the checkpoint's: %s until here, %s from here on", was, now)
         _log.info("continuing from %s at step %d", source, state["step"])
-    return Progress(step=state["step"])
+    if not trainer.run.can_train(stage := trainer.run.stage_at(state["step"])):
+        why = f"it is of stage {stage.name}, and this start began for another one's layout"
+        raise UserError(f"checkpoint {source}", why=why, nearest="the same command again")
+    return Progress(step=state["step"]), state.get("last_step")
 
 
-def _callbacks(trainer: Trainer, data: TrainingData, store: CheckpointStore, progress: Progress) -> list[Callback]:
+def _console() -> Console | None:
+    return Console() if torch.distributed.get_rank() == 0 else None
+
+
+def _callbacks(
+    trainer: Trainer,
+    data: TrainingData,
+    store: CheckpointStore,
+    progress: Progress,
+    boundaries: Boundaries,
+    minding: Minding,
+) -> list[Callback]:
     """In the order in which they act after a step; they finish in reverse, so the last save finds writers open."""
     run, groups = trainer.run, trainer.groups
     rank_zero = torch.distributed.get_rank() == 0
     writers: list[Writer] = build_writers(run, progress.step or None) if rank_zero else []
     held_out = ValidationData(run, groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
 
-    def save(step: int) -> None:
+    def state_of(step: int) -> dict[str, Any]:
         for writer in writers:
             writer.sync()
-        state: dict[str, Any] = {
+        return {
             "step": step,
             "tokens": run.tokens_at(step),
             "data": data.state_dict(),
+            "last_step": boundaries.last_step,
             "precision": {"name": run.precision.name, "fingerprint": run.precision_plan.fingerprint},
         }
-        store.save(step, trainer.chunks, trainer.optimizer, state, keep_last=run.checkpoint.keep_last)
+
+    saves = Saves(trainer, store, state_of)
 
     def held_out_loss(event: StepEvent) -> tuple[float, ...]:
-        return evaluate(trainer, held_out.batches(event.stage), event.stage)
+        losses = evaluate(trainer, held_out.batches(event.stage), event.stage)
+        saves.measured(event.step, losses[0])
+        return losses
 
     observed = _precision_telemetry(trainer)
     return [
+        boundaries,
+        *([SampleLog(run, lambda: data.samples)] if rank_zero and run.telemetry.samples else []),
         *observed,
         Recording(
             run,
@@ -119,9 +158,10 @@ def _callbacks(trainer: Trainer, data: TrainingData, store: CheckpointStore, pro
             writers,
             backend=trainer.backend,
             operands=observed[0].records if observed else tuple,
+            health=minding.health,
         ),
-        Validation(run, held_out_loss, writers),
-        Checkpointing(run, save),
+        Validation(run, minding.evaluating(held_out_loss), writers, health=minding.health),
+        Checkpointing(run, minding.saving(saves), saves),
     ]
 
 

@@ -11,8 +11,12 @@ def learning_rate(schedule: Schedule, tokens: int) -> float:
     """Learning rate of the step that starts after ``tokens`` tokens.
 
     The WSD tail ends at ``decay_end_tokens`` and has the shapes of Megatron-Core's scheduler
-    (core/optimizer_param_scheduler.py): with r the share of the tail done, minus_sqrt is 1 - sqrt(r).
+    (core/optimizer_param_scheduler.py): with r the share of the tail done, minus_sqrt is 1 - sqrt(r). Stages with a
+    rate of their own have that; the schedule counts their tokens on.
     """
+    for part in schedule.constant:
+        if part.first_token <= tokens < part.end_token:
+            return part.lr
     low, high = schedule.min_lr, schedule.max_lr
     if tokens < schedule.warmup_tokens:
         return high * tokens / schedule.warmup_tokens

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from nemotron3_megatron.config.run import Run, Stage
+from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.data.batch import MicroBatch
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.platform import Platform
@@ -22,6 +22,7 @@ from nemotron3_megatron.precision.backend import Backend
 from nemotron3_megatron.train.graph import CapturedPasses
 from nemotron3_megatron.train.loss import LossWeights, loss_weights, mean_losses, weighted_loss
 from nemotron3_megatron.train.optimizer import Update, set_learning_rate, update
+from nemotron3_megatron.train.trainable import is_frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,16 @@ class StepResult:
     losses: tuple[float, ...]
     """Mean loss of the main prediction, then of each MTP depth, over the global batch."""
     update: Update
+
+
+class Judge(Protocol):
+    """Decides about steps that look bad (``callbacks.spikes``)."""
+
+    def refuse(self, losses: Sequence[float]) -> str:
+        """Why a step with finite gradients must not move weights; empty: it may."""
+
+    def reconsider(self, first: StepResult, again: Callable[[], StepResult]) -> StepResult:
+        """The result that counts, given the first one and a way to compute the step again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,8 @@ class Trainer:
     """Of the precision plan."""
     captured: CapturedPasses | None = None
     """Runs forward and backward as a CUDA graph; None: kernel by kernel."""
+    judge: Judge | None = None
+    """None: only steps with non-finite gradients are refused."""
 
     @property
     def chunks(self) -> list[Nemotron3Model]:
@@ -53,7 +66,7 @@ class Trainer:
         return [wrapped.module for wrapped in self.model]
 
 
-def train_step(trainer: Trainer, batches: list[MicroBatch], stage: Stage, lr: float) -> StepResult:
+def train_step(trainer: Trainer, batches: list[MicroBatch], stage: Shape, lr: float) -> StepResult:
     """Forward, backward and update over one global batch.
 
     Args:
@@ -62,18 +75,25 @@ def train_step(trainer: Trainer, batches: list[MicroBatch], stage: Stage, lr: fl
         stage: gives shapes.
         lr: learning rate of this update.
     """
+    attempt = partial(_attempt, trainer, batches, stage, lr)
+    result = attempt()
+    return result if trainer.judge is None else trainer.judge.reconsider(result, attempt)
+
+
+def _attempt(trainer: Trainer, batches: list[MicroBatch], stage: Shape, lr: float) -> StepResult:
     biases = {buffer: buffer.clone() for buffer in _expert_biases(trainer)}
     losses = accumulate_gradients(trainer, batches, stage)
     set_learning_rate(trainer.optimizer, lr)
-    outcome = update(trainer.optimizer, trainer.model, trainer.run.optimizer.clip_grad)
-    if not outcome.applied:
+    refuse = None if trainer.judge is None else partial(trainer.judge.refuse, losses)
+    outcome = update(trainer.optimizer, trainer.model, trainer.run.optimizer.clip_grad, refuse)
+    for buffer, before in biases.items():
         # Megatron-Core moves the routers' biases with the gradients; a refused step must not move them either.
-        for buffer, before in biases.items():
+        if not outcome.applied or is_frozen(buffer):
             buffer.copy_(before)
     return StepResult(losses, outcome)
 
 
-def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Stage) -> tuple[float, ...]:
+def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Shape) -> tuple[float, ...]:
     """Forward and backward over one global batch; the reduced gradients are left in the DDP buffers.
 
     Returns:
@@ -88,7 +108,7 @@ def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Sta
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], stage: Stage) -> tuple[float, ...]:
+def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], stage: Shape) -> tuple[float, ...]:
     """Mean losses (main, then MTP depths) over held-out micro-batches; weights and expert biases stay as they are."""
     for chunk in trainer.model:
         chunk.eval()
@@ -116,7 +136,7 @@ def _weights(trainer: Trainer, batches: list[MicroBatch]) -> LossWeights:
 
 
 def _run_schedule(
-    trainer: Trainer, batches: list[MicroBatch], stage: Stage, weights: LossWeights, *, forward_only: bool
+    trainer: Trainer, batches: list[MicroBatch], stage: Shape, weights: LossWeights, *, forward_only: bool
 ) -> Tensor:
     """Run all micro-batches; returns the losses summed over the global batch (1 + D,) on every rank."""
     inputs = [_model_inputs(trainer, batch) for batch in batches]
@@ -140,7 +160,7 @@ def _model_inputs(trainer: Trainer, batch: MicroBatch) -> ModelInputs:
 
 
 def _passes(
-    trainer: Trainer, inputs: list[ModelInputs], stage: Stage, weights: LossWeights, *, forward_only: bool
+    trainer: Trainer, inputs: list[ModelInputs], stage: Shape, weights: LossWeights, *, forward_only: bool
 ) -> Tensor:
     """Forward, and backward unless ``forward_only``, of this rank's micro-batches -> summed losses (1 + D,)."""
     chunks = trainer.model
@@ -159,7 +179,7 @@ def _passes(
 
 
 def _captured_passes(
-    trainer: Trainer, captured: CapturedPasses, inputs: list[ModelInputs], stage: Stage, weights: LossWeights
+    trainer: Trainer, captured: CapturedPasses, inputs: list[ModelInputs], stage: Shape, weights: LossWeights
 ) -> Tensor:
     """The same as a CUDA graph, and gradients finalised after it: that decides by values, and reduces over ranks."""
 

@@ -241,7 +241,7 @@ def _digests(trainer: Trainer) -> dict[str, str]:
 
 def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     adam.prepare(trainer.optimizer)
-    shards = content.sharded(trainer.model, trainer.optimizer, is_loading=False)["optimizer"]
+    shards = {"optimizer": content.sharded(trainer.model, trainer.optimizer)["optimizer"]}
     apply_factories(shards)
     found = [entry for entry in nested_values(shards) if isinstance(entry, ShardedTensor)]
     return {f"{entry.key}@{entry.global_offset}": entry.data for entry in found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -171,9 +172,10 @@ def records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def checkpoints(run_dir: Path) -> list[str]:
-    """Names in the checkpoint directory, unfinished ones too."""
+    """Names in the checkpoint directory, unfinished ones too (without what makes theirs unique)."""
     folder = run_dir / "checkpoints"
-    return sorted(os.listdir(folder)) if folder.exists() else []
+    names = os.listdir(folder) if folder.exists() else []
+    return sorted(re.sub(r"\.[0-9a-f]{8}\.partial$", ".partial", name) for name in names)
 
 
 def _free_port() -> int:

@@ -96,14 +96,14 @@ COUNTS = [70, 0, 256, 1, 33]
 
 def experts(te: ModuleType, operands: Gemms, *, fused: bool, local: bool = False) -> Any:
     """Quantised experts; ``local``: they take cumulative counts on the GPU."""
-    from nemotron3_megatron.precision.emulation.te_grouped import EmulatedGroupedForward, EmulatedLocalForward
+    from nemotron3_megatron.precision.emulation.te_grouped import EmulatedDeviceCountsForward, EmulatedGroupedForward
 
     module = te.GroupedLinear(
         len(COUNTS), INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, fuse_wgrad_accumulation=fused
     )
     # As Megatron-Core's subclass has them.
     module.is_first_microbatch, module.disable_parameter_transpose_cache = True, False
-    module.forward = (EmulatedLocalForward if local else EmulatedGroupedForward)(module, operands)
+    module.forward = (EmulatedDeviceCountsForward if local else EmulatedGroupedForward)(module, operands)
     return module
 
 
@@ -136,7 +136,7 @@ def test_experts(te: ModuleType, number_format: Format, options: Nvfp4) -> None:
 
 
 @pytest.mark.parametrize(("number_format", "options"), VARIANTS)
-def test_local_experts_never_wait_for_the_gpu(te: ModuleType, number_format: Format, options: Nvfp4) -> None:
+def test_device_counts_never_wait_for_the_gpu(te: ModuleType, number_format: Format, options: Nvfp4) -> None:
     module = experts(te, gemms(number_format, options), fused=False, local=True)
     x, dy = tensor(sum(COUNTS), INPUTS, outliers=True).requires_grad_(), tensor(sum(COUNTS), OUTPUTS)
     ends = torch.tensor(COUNTS, device="cuda").cumsum(0).int()

@@ -29,10 +29,10 @@ def differences(worlds: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, f
 
 
 def _gradients(
-    *, fused: bool, options: dict[str, Any], policy: str, local_experts: bool = False, repaired: bool = True
+    *, fused: bool, options: dict[str, Any], policy: str, device_counts: bool = False, repaired: bool = True
 ) -> list[Gradients]:
     """``main_grad`` by parameter after each of two steps with different weights."""
-    with lowered(options, "emulated", policy, local_experts=local_experts, fused=fused) as (_, trainer):
+    with lowered(options, "emulated", policy, device_counts=device_counts, fused=fused) as (_, trainer):
         import layouts
 
         from nemotron3_megatron.train.step import accumulate_gradients
@@ -55,9 +55,7 @@ def _gradients(
 
 def _lose_in_one_pass(model: Any) -> None:
     """Output layer and loss as on a GPU, in this process, which ends with the test."""
-    from nemotron3_megatron.model.vocabulary_loss import vocabulary_loss
-
-    model._token_losses = lambda self, hidden, labels: vocabulary_loss(hidden, self.output_layer, labels)
+    model._token_losses = lambda self, hidden, labels: self.output_layer(hidden, labels=labels)
 
 
 def _added(chunk: Any) -> set[str]:

@@ -30,7 +30,7 @@ TESTS = Path(__file__).parents[1]
 
 @contextmanager
 def lowered(
-    options: dict[str, Any], backend: Backend, policy: str, *, local_experts: bool = False, fused: bool = False
+    options: dict[str, Any], backend: Backend, policy: str, *, device_counts: bool = False, fused: bool = False
 ) -> Iterator[tuple[Any, Any]]:
     """The plan of a policy, and a trainer whose model is lowered to it.
 
@@ -38,7 +38,7 @@ def lowered(
         options: of ``blocky_run``.
         backend: of the plan; a plan without quantised modules is not lowered.
         policy: YAML.
-        local_experts: those of ``model/local_experts.py``.
+        device_counts: those of ``model/device_counts.py``.
         fused: weight gradients are added to ``main_grad`` by the linears themselves.
     """
     _import_te(backend)
@@ -67,7 +67,7 @@ def lowered(
             return CpuPlatform.megatron_flags(self, "torch") | te_flags
 
     _set(layouts, select=lambda device: TePlatform())
-    _set(builder, stack_spec=lambda run, *_: _stack(run.model, local_experts=local_experts))
+    _set(builder, stack_spec=lambda run, *_: _stack(run.model, device_counts=device_counts))
     with layouts.started(options, make_run) as trainer:
         if quantised:
             lower(plan, trainer.chunks, backend)
@@ -89,7 +89,7 @@ def _set(module: ModuleType, **names: Any) -> None:
     vars(module).update(names)
 
 
-def _stack(model: Any, *, local_experts: bool) -> Any:
+def _stack(model: Any, *, device_counts: bool) -> Any:
     from megatron.core.extensions import transformer_engine as te
 
     from nemotron3_megatron.model.attention import DocumentAttention
@@ -107,7 +107,7 @@ def _stack(model: Any, *, local_experts: bool) -> Any:
         row_linear=te.TERowParallelLinear,
         core_attention=DocumentAttention,
         mixer=TorchMambaMixer,
-        moe=expert_layer(model.num_moe_experts, local_experts=local_experts),
+        moe=expert_layer(model.num_moe_experts, device_counts=device_counts),
     )
     return stack_spec(classes, model.mamba_chunk_size)
 
@@ -179,9 +179,9 @@ def _listed(operand: dict[str, Any]) -> dict[str, Any]:
 def emulated(options: dict[str, Any], policy: str) -> Recorded:
     """For each module: relative errors of Y, dX and dW of one micro-batch against the float64 recomputation that the
     torch spec is held to (tests/distributed/emulation.py), and the operands TE's own objects hold afterwards."""
-    local_experts = "local_experts" in options
-    options = {name: value for name, value in options.items() if name != "local_experts"}
-    with lowered(options, "emulated", policy, local_experts=local_experts) as (plan, trainer):
+    device_counts = "device_counts" in options
+    options = {name: value for name, value in options.items() if name != "device_counts"}
+    with lowered(options, "emulated", policy, device_counts=device_counts) as (plan, trainer):
         import emulation
         import layouts
         from megatron.core.extensions import transformer_engine as te
@@ -218,7 +218,7 @@ def emulated(options: dict[str, Any], policy: str) -> Recorded:
         for call in calls.values():
             call.watch()
         accumulate_gradients(trainer, layouts.batches(trainer, 0)[:1], trainer.run.stages[0])
-        if local_experts:
+        if device_counts:
             for call in calls.values():
                 call.counts = [[b - a for a, b in pairwise([0, *ends])] for ends in call.counts]
         rows = {row.module: row for row in plan.rows}

@@ -54,8 +54,10 @@ NATIVE: dict[str, tuple[int, dict[str, Any], str]] = {
 EMULATED: dict[str, tuple[int, dict[str, Any], str]] = {
     "nemotron3": (1, {}, NEMOTRON3 + "nvfp4: {stochastic_rounding: null}"),
     "everything": (1, {}, "{default: nvfp4, nvfp4: {stochastic_rounding: null, weight_block: [1, 16]}}"),
-    "local_experts": (1, {"local_experts": True}, "{default: nvfp4, nvfp4: {stochastic_rounding: null}}"),
-    "local_experts_mxfp8": (1, {"local_experts": True}, ALL_MXFP8),
+    "device_counts": (1, {"device_counts": True}, "{default: nvfp4, nvfp4: {stochastic_rounding: null}}"),
+    "device_counts_mxfp8": (1, {"device_counts": True}, ALL_MXFP8),
+    "ep2_device_counts": (2, {"ep": 2, "device_counts": True}, "{default: nvfp4, nvfp4: {stochastic_rounding: null}}"),
+    "tp2_ep2_device_counts": (2, {"tp": 2, "ep": 2, "device_counts": True}, ALL_MXFP8),
     "tp2_ep2": (2, {"tp": 2, "ep": 2}, "{default: nvfp4, nvfp4: {stochastic_rounding: null}}"),
     "tp2_mxfp8": (2, {"tp": 2}, ALL_MXFP8),
 }

@@ -21,11 +21,11 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from nemotron3_megatron.model.local_experts import (
-    LocalColumnLinear,
-    LocalGroupedMLP,
-    LocalMoELayer,
-    LocalRowLinear,
+from nemotron3_megatron.model.device_counts import (
+    DeviceCountsColumnLinear,
+    DeviceCountsGroupedMLP,
+    DeviceCountsMoELayer,
+    DeviceCountsRowLinear,
 )
 from nemotron3_megatron.model.mixer import FusedMambaMixer
 from nemotron3_megatron.model.router import Float32Router
@@ -76,13 +76,13 @@ def _boundaries(documents: Tensor) -> Tensor:
     return torch.cat([first, first.new_tensor([documents.numel()])])
 
 
-def te_stack_spec(chunk_size: int, num_experts: int, *, local_experts: bool) -> ModuleSpec:
+def te_stack_spec(chunk_size: int, num_experts: int, *, device_counts: bool) -> ModuleSpec:
     """Spec of the hybrid stack.
 
     Args:
         chunk_size: the Mamba-2 scan's, in tokens.
         num_experts: of each MoE layer.
-        local_experts: see :func:`expert_layer`.
+        device_counts: see :func:`expert_layer`.
     """
     return stack_spec(
         StackClasses(
@@ -93,22 +93,27 @@ def te_stack_spec(chunk_size: int, num_experts: int, *, local_experts: bool) -> 
             row_linear=TERowParallelLinear,
             core_attention=DocumentTEAttention,
             mixer=FusedMambaMixer,
-            moe=expert_layer(num_experts, local_experts=local_experts),
+            moe=expert_layer(num_experts, device_counts=device_counts),
         ),
         chunk_size,
     )
 
 
-def expert_layer(num_experts: int, *, local_experts: bool) -> partial[Any]:
+def expert_layer(num_experts: int, *, device_counts: bool) -> partial[Any]:
     """The MoE layer's class with its submodules.
 
     Args:
         num_experts: of each layer.
-        local_experts: all experts of a layer are on every rank (``model/local_experts.py``).
+        device_counts: experts whose token counts stay on the GPU (``model/device_counts.py``).
     """
     moe = get_moe_module_spec(use_te=True, num_experts=num_experts, moe_grouped_gemm=True)
     submodules = replace(moe.keywords["submodules"], router=Float32Router)
-    if not local_experts:
+    if not device_counts:
         return partial(moe.func, submodules=submodules)
-    linears = GroupedMLPSubmodules(linear_fc1=LocalColumnLinear, linear_fc2=LocalRowLinear, activation_func=None)
-    return partial(LocalMoELayer, submodules=replace(submodules, experts=partial(LocalGroupedMLP, submodules=linears)))
+    linears = GroupedMLPSubmodules(
+        linear_fc1=DeviceCountsColumnLinear, linear_fc2=DeviceCountsRowLinear, activation_func=None
+    )
+    return partial(
+        DeviceCountsMoELayer,
+        submodules=replace(submodules, experts=partial(DeviceCountsGroupedMLP, submodules=linears)),
+    )

@@ -44,8 +44,8 @@ class EmulatedExperts:
         return self._weights
 
 
-class EmulatedLocalForward(EmulatedExperts):
-    """For experts that are all on this rank (``model/local_experts.py``): counts stay on the GPU."""
+class EmulatedDeviceCountsForward(EmulatedExperts):
+    """For experts whose token counts stay on the GPU (``model/device_counts.py``)."""
 
     def __call__(self, x: Tensor, ends: Tensor) -> tuple[Tensor, None]:
         """x (T, K), rows sorted by expert, and cumulative counts (E,) int32 -> ((T, N), None)."""

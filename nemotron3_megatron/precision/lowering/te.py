@@ -16,8 +16,8 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.quantization.quant_config import MatchContext, QuantizationConfig
 from torch import Tensor, nn
 
-from nemotron3_megatron.model.local_experts import LocalGroupedLinear
-from nemotron3_megatron.precision.emulation.te_grouped import EmulatedGroupedForward, EmulatedLocalForward
+from nemotron3_megatron.model.device_counts import DeviceCountsLinear
+from nemotron3_megatron.precision.emulation.te_grouped import EmulatedDeviceCountsForward, EmulatedGroupedForward
 from nemotron3_megatron.precision.lowering.environment import check_environment
 from nemotron3_megatron.precision.lowering.names import named_linears
 from nemotron3_megatron.precision.lowering.recipes import module_config, module_recipe
@@ -73,7 +73,7 @@ def trial(number_format: Format, gemms: Gemms, backend: Literal["native", "emula
 def _install(module: Any, row: PlanRow, backend: Literal["native", "emulated"]) -> None:
     if backend == "emulated" and row.format != "bf16" and isinstance(module, TEGroupedLinear):
         module.finish_init(None)
-        local = isinstance(module, LocalGroupedLinear)
-        module.forward = (EmulatedLocalForward if local else EmulatedGroupedForward)(module, row.gemms)
+        local = isinstance(module, DeviceCountsLinear)
+        module.forward = (EmulatedDeviceCountsForward if local else EmulatedGroupedForward)(module, row.gemms)
     else:
         module.finish_init(quantization_config(row.format, row.gemms, backend))

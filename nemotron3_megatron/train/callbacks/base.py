@@ -14,6 +14,8 @@ class Stop(Enum):
 
     PREEMPTED = "preempted"
     """Saved, and wants to be started again (exit code 75)."""
+    NEXT_LAYOUT = "next layout"
+    """The next stage has another layout or precision: saved, and wants to be started again (exit code 75)."""
 
 
 @dataclass(slots=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
-from nemotron3_megatron.config.run import Run, Stage
+from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.plan.counts import flops_per_token
 from nemotron3_megatron.platform import Platform
 from nemotron3_megatron.precision.backend import Backend
-from nemotron3_megatron.telemetry.records import EvalRecord, OperandRecord, StepRecord
+from nemotron3_megatron.telemetry.records import EvalRecord, Health, OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.throughput import tokens_per_second
 from nemotron3_megatron.telemetry.writers import Writer
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
@@ -30,6 +31,7 @@ class Recording(Callback):
         *,
         backend: Backend = "none",
         operands: Callable[[], tuple[OperandRecord, ...]] = tuple,
+        health: Callable[[], Health] = dict,
     ) -> None:
         """Prepare.
 
@@ -39,21 +41,24 @@ class Recording(Callback):
             writers: of rank 0.
             backend: of the precision plan.
             operands: what was sampled of quantised operands in the step that was just done.
+            health: what was measured in it.
         """
         self._run = run
         self._platform = platform
         self._backend = backend
         self._writers = writers
         self._operands = operands
+        self._health = health
 
     def step_done(self, event: StepEvent) -> None:
         if not self._writers:
             return
         main, *depths = event.result.losses
         update = event.result.update
-        reason = "" if update.applied else f"non-finite gradients in {_first_few(update.non_finite)}"
-        rate = tokens_per_second(event.stage.tokens_per_step, event.step_time_s)
-        flops = self._flops(event.stage, rate)
+        reason = "" if update.applied else update.reason or f"non-finite gradients in {_first_few(update.non_finite)}"
+        shape = self._run.shape_at(event.step - 1)
+        rate = tokens_per_second(shape.tokens_per_step, event.step_time_s)
+        flops = self._flops(shape, rate)
         peak = self._platform.peak_flops
         record = StepRecord(
             step=event.step,
@@ -72,6 +77,8 @@ class Recording(Callback):
             mfu=flops and peak and flops / peak,
             precision_backend=self._backend,
             precision=self._operands(),
+            health=self._health(),
+            time_s=time.time(),
         )
         for writer in self._writers:
             writer.write(record)
@@ -80,21 +87,24 @@ class Recording(Callback):
         for writer in self._writers:
             writer.close()
 
-    def _flops(self, stage: Stage, tokens_per_s: float) -> float | None:
+    def _flops(self, shape: Shape, tokens_per_s: float) -> float | None:
         """Floating-point operations of the model in a second, per rank; None on a CPU, where nobody compares them."""
         if self._platform.name == "cpu":
             return None
-        return tokens_per_s * flops_per_token(self._run.model, stage.seq_length) / self._run.layout.world_size
+        return tokens_per_s * flops_per_token(self._run.model, shape.seq_length) / self._run.layout.world_size
 
 
 class Validation(Callback):
     """Held-out loss every so many steps and after the last one."""
 
-    def __init__(self, run: Run, evaluate: Evaluate, writers: Sequence[Writer]) -> None:
+    def __init__(
+        self, run: Run, evaluate: Evaluate, writers: Sequence[Writer], *, health: Callable[[], Health] = dict
+    ) -> None:
         self._every = run.eval_every_steps if run.data.validation else None
         if run.eval_every_steps and not run.data.validation:
             _log.warning("no held-out loss: telemetry.eval_every is set, but data.validation is empty")
         self._evaluate = evaluate
+        self._health = health
         self._writers = writers
 
     def step_done(self, event: StepEvent) -> None:
@@ -108,6 +118,7 @@ class Validation(Callback):
             stage=event.stage.name,
             validation_loss=main,
             mtp_losses=tuple(depths),
+            health=self._health(),
         )
         for writer in self._writers:
             writer.write_eval(record)

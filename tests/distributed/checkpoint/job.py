@@ -60,7 +60,7 @@ def train(trainer: Trainer, first: int, last: int) -> list[list[float]]:
 def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """This rank's weights, moments and counters by checkpoint key (with the shard's offset)."""
     adam.prepare(trainer.optimizer)
-    shards = content.sharded(trainer.model, trainer.optimizer, is_loading=False)
+    shards = content.sharded(trainer.model, trainer.optimizer)
     apply_factories(shards)
     return {
         f"{item.key}@{item.global_offset}": item.data.detach().clone()
@@ -78,6 +78,11 @@ def stored(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Equal keys, dtypes and bits."""
     return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+def moved_biases(content: dict[str, torch.Tensor]) -> int:
+    """How many of the experts' biases are not zero."""
+    return sum(int(value.count_nonzero()) for key, value in content.items() if key.endswith("expert_bias"))
 
 
 def digest(trainer: Trainer) -> str:

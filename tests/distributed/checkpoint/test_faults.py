@@ -51,7 +51,10 @@ def faults(folder: str, small_disk: str | None) -> dict[str, Any]:
 
         save(trainer, root / "flip", 3)
         _on_first(lambda: _flip_bit(next((root / "flip").rglob("__0_*.distcp"))))
-        report["flipped"] = _error(lambda: load_newest(trainer, root / "flip"))
+        report["flipped"] = _error(lambda: _load(trainer, root / "flip" / "checkpoints" / "step_00000003"))
+        report["only damaged"] = _error(lambda: load_newest(trainer, root / "flip"))
+        save(trainer, root / "flip", 2)
+        report["fallen back"] = str(load_newest(trainer, root / "flip")["step"])
 
         for step in range(4, 8):
             save(trainer, root / "many", step, keep_last=2)
@@ -82,6 +85,8 @@ def test_faults(tmp_path: Path, small_disk: Path | None) -> None:
         assert "is not complete: __1_0.distcp has 1,000 of" in report["load truncated"]
         assert (report["newest"], report["replaced"]) == ("1", "2")
         assert "__0_0.distcp is damaged (its checksum differs)" in report["flipped"]
+        assert "none of its checkpoints is intact" in report["only damaged"]
+        assert report["fallen back"] == "2"
         assert report["kept"] == ["step_00000006", "step_00000007"]
         assert report["weights"] == "same"
         assert "it holds weights only" in report["weights with optimizer"]
@@ -157,7 +162,7 @@ def test_one_rank_killed_while_writing(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed) as failure:
         run_ranks(one_rank_dies, 2, folder=str(tmp_path))
     assert failure.value.exit_codes[1] == -signal.SIGKILL
-    assert (tmp_path / "checkpoints" / ".step_00000002.partial").is_dir()
+    assert len(list((tmp_path / "checkpoints").glob(".step_00000002.*.partial"))) == 1
     newest = CheckpointStore(tmp_path).newest()
     assert newest == tmp_path / "checkpoints" / "step_00000001"
     manifest.verify_contents(manifest.verify(newest), newest)
@@ -280,4 +285,5 @@ def _die_before_touch(count: int, root: Path, *, ending: str = "") -> None:
 def _free_port() -> int:
     from launch import _free_port as free_port
 
-    return free_port()
+    port: int = free_port()
+    return port

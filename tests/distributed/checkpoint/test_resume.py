@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,9 +12,11 @@ from unittest import mock
 import pytest
 from launch import run_ranks
 
-BF16 = {"dtype": "bf16", "overlap": True}  # overlapped gathering: weights are stale until the save asks for them
-RESUMED = {"ep2": {"ep": 2}, "plain_ep2": {"ep": 2, "distributed_optimizer": False}, "bf16": BF16}
-PLAIN_BF16 = {"dtype": "bf16", "distributed_optimizer": False}
+Options = dict[str, Any]
+# Overlapped gathering: weights are stale until the save asks for them.
+BF16: Options = {"dtype": "bf16", "overlap": True}
+RESUMED: dict[str, Options] = {"ep2": {"ep": 2}, "plain_ep2": {"ep": 2, "distributed_optimizer": False}, "bf16": BF16}
+PLAIN_BF16: Options = {"dtype": "bf16", "distributed_optimizer": False}
 PADDED = {
     "pp": 2,
     "hidden": 33,
@@ -65,8 +67,6 @@ def without_repairs(folder: str) -> dict[str, str]:
     """What becomes of a resume when one repair is missing."""
     from job import job, save, train
 
-    from nemotron3_megatron.checkpoint import adam
-
     shared: list[Any] = []
 
     def one_tensor(step: int, *_: Any) -> Any:
@@ -76,22 +76,21 @@ def without_repairs(folder: str) -> dict[str, str]:
             shared[:] = [torch.tensor(float(step))]
         return shared[0]
 
-    upstream = _upstream_state(adam)
+    upstream = _upstream_state()
     left_out: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-        # name: (options when saving, options when loading, what replaces parts of adam)
+        # name: (options when saving, options when loading, what replaces parts of adam and content)
         "nothing": ({"ep": 2}, {"ep": 2}, {}),
-        "1 allocate_state": ({"ep": 2}, {"ep": 2}, {"allocate_state": lambda _: None}),
-        "2 steps_set_aside": ({"ep": 2}, {"ep": 2}, {"steps_set_aside": lambda _: nullcontext()}),
-        "3 set_step": ({"ep": 2}, {"ep": 2}, {"_step_tensor": one_tensor}),
+        "1 allocate_state": ({"ep": 2}, {"ep": 2}, {"adam.allocate_state": lambda _: None}),
+        "3 set_step": ({"ep": 2}, {"ep": 2}, {"adam._step_tensor": one_tensor}),
         "4 sharded_state": ({"ep": 2}, {}, upstream),
-        "6 correct_places": (BF16, BF16, {"correct_places": lambda _: None}),
+        "6 correct_places": (BF16, BF16, {"adam.correct_places": lambda _: None}),
         "7 _plain_state": (PLAIN_BF16, PLAIN_BF16, upstream),
-        "8 _distributed_state": (PADDED, PADDED, {"_distributed_state": _upstream_distributed_state}),
+        "8 _distributed_state": (PADDED, PADDED, upstream),
     }
     outcomes = {}
     for index, (name, (saving, loading, changes)) in enumerate(left_out.items()):
         place = Path(folder) / str(index)
-        with _changed(adam, changes if name.startswith(("4", "6", "7", "8")) else {}):
+        with _changed(changes if name.startswith(("4", "6", "7", "8")) else {}):
             try:
                 with job(**saving) as trainer:
                     train(trainer, 0, 2)
@@ -100,7 +99,7 @@ def without_repairs(folder: str) -> dict[str, str]:
             except Exception as error:
                 outcomes[name] = f"save fails: {type(error).__name__}"
                 continue
-        with _changed(adam, changes):
+        with _changed(changes):
             outcomes[name] = _outcome(place, loading, expected, same_layout=saving == loading)
     with job(ep=2, distributed_optimizer=False) as trainer:
         train(trainer, 0, 1)
@@ -113,7 +112,6 @@ def test_every_repair_is_needed(tmp_path: Path) -> None:
         assert outcomes.pop("nothing") == "same"
         assert outcomes == {
             "1 allocate_state": "load fails: KeyError",
-            "2 steps_set_aside": "load fails: KeyError",
             "3 set_step": "other losses",
             "4 sharded_state": "load fails: KeyError",
             "5 prefixes": "True",
@@ -137,28 +135,35 @@ def _outcome(place: Path, options: dict[str, Any], expected: list[list[float]], 
     return "same" if losses == [pytest.approx(step, rel=1e-5) for step in expected] else "other losses"
 
 
-def _upstream_state(adam: Any) -> dict[str, Callable[..., Any]]:
-    """Megatron-Core's own way to store and load an optimizer."""
+def _upstream_state() -> dict[str, Callable[..., Any]]:
+    """Megatron-Core's own way to store and load an optimizer (with repair 2, or nothing could be loaded)."""
+    from megatron.core import dist_checkpointing
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    def sharded_state(optimizer: Any, model: Any, *, is_loading: bool) -> Any:
-        metadata = {"chained_optim_avoid_prefix": True}
+    from nemotron3_megatron.checkpoint import adam, content
+
+    held: list[Any] = []
+
+    def sharded_state(optimizer: Any, model: Any) -> Any:
+        held[:] = [optimizer]
+        metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True}
         if isinstance(adam.parts(optimizer)[0], DistributedOptimizer):
             metadata["distrib_optim_sharding_type"] = "fully_reshardable"
-        return optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
+        return optimizer.sharded_state_dict(model, False, metadata=metadata)
 
-    def load_sharded_state(optimizer: Any, states: Any) -> None:
+    def load(directory: Path, template: Any, chunks: list[Any], *, with_rng: bool) -> None:
         import torch
 
-        with torch.no_grad(), adam.steps_set_aside(optimizer):
-            optimizer.load_state_dict(states)
+        loaded = dist_checkpointing.load(template, str(directory))
+        for index, chunk in enumerate(chunks):
+            content.unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        for part in adam.parts(held[0]):
+            for state in part.optimizer.state.values():
+                state.pop("step", None)
+        with torch.no_grad():
+            held[0].load_state_dict(loaded["optimizer"])
 
-    return {"sharded_state": sharded_state, "load_sharded_state": load_sharded_state}
-
-
-def _upstream_distributed_state(part: Any, entries: dict[int, Any], is_loading: bool) -> Any:
-    model = {str(place): entry for place, entry in entries.items()}
-    return part.sharded_param_state_fully_reshardable(model, is_loading, metadata={})
+    return {"adam.sharded_state": sharded_state, "content.load": load}
 
 
 def _upstream_keys_have_prefix(trainer: Any) -> bool:
@@ -166,14 +171,16 @@ def _upstream_keys_have_prefix(trainer: Any) -> bool:
 
     from nemotron3_megatron.checkpoint import content
 
-    model = content.sharded(trainer.model, None, is_loading=False)
+    model = content.sharded(trainer.model, None)
     state = trainer.optimizer.sharded_state_dict(model, metadata={"distrib_optim_sharding_type": ""})
     return any(getattr(item, "key", "").startswith("chained_1.") for item in nested_values(state))
 
 
 @contextmanager
-def _changed(module: Any, changes: dict[str, Any]) -> Iterator[None]:
-    with mock.patch.multiple(module, **changes) if changes else nullcontext():
+def _changed(changes: dict[str, Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, replacement in changes.items():
+            stack.enter_context(mock.patch(f"nemotron3_megatron.checkpoint.{name}", replacement))
         yield
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from nemotron3_megatron.checkpoint import manifest
+from nemotron3_megatron.checkpoint.directory import CheckpointDirectory
 from nemotron3_megatron.checkpoint.manifest import Manifest
+from nemotron3_megatron.checkpoint.retention import Retention
 from nemotron3_megatron.checkpoint.store import CheckpointStore, load_state
 from nemotron3_megatron.config.errors import UserError
 
@@ -76,7 +78,7 @@ def test_load_state_needs_no_process_group(tmp_path: Path) -> None:
 def test_retention_counts_complete_ones_only(tmp_path: Path) -> None:
     paths = _steps(tmp_path, 1, 2, 3, 4)
     (paths[3] / "data").unlink()
-    CheckpointStore(tmp_path)._delete_oldest(2)
+    CheckpointDirectory(tmp_path).retain(Retention(2))
     assert sorted(path.name for path in paths[0].parent.iterdir()) == [
         "step_00000002",
         "step_00000003",
@@ -86,7 +88,7 @@ def test_retention_counts_complete_ones_only(tmp_path: Path) -> None:
 
 def test_retention_never_deletes_the_last(tmp_path: Path) -> None:
     (path,) = _steps(tmp_path, 1)
-    CheckpointStore(tmp_path)._delete_oldest(0)
+    CheckpointDirectory(tmp_path).retain(Retention(0))
     assert path.is_dir()
 
 
@@ -107,7 +109,7 @@ def test_killed_before_the_retired_one_is_removed(tmp_path: Path) -> None:
 
 def test_leftovers_are_swept_before_a_save(tmp_path: Path) -> None:
     (path,) = _steps(tmp_path, 5)
-    for name in (".step_00000007.partial", ".step_00000003.deleted"):
+    for name in (".step_00000007.0aF.partial", ".step_00000003.deleted"):
         _write(path.parent / name, 1)
-    CheckpointStore(tmp_path)._make_room(path.with_name(".step_00000006.partial"))
-    assert sorted(found.name for found in path.parent.iterdir()) == [".step_00000006.partial", "step_00000005"]
+    CheckpointDirectory(tmp_path).make_room(6, "abc")
+    assert sorted(found.name for found in path.parent.iterdir()) == [".step_00000006.abc.partial", "step_00000005"]

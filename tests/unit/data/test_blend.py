@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron3_megatron.config.errors import UserError
-from nemotron3_megatron.data.blend import Blend, fingerprint
+from nemotron3_megatron.data.blend import Blend
 
 WEIGHTS = st.lists(
     st.one_of(st.integers(1, 50).map(float), st.floats(0.001, 1.0).map(lambda x: round(x, 4))), min_size=1, max_size=12
@@ -52,12 +52,3 @@ def test_weight_zero_is_never_drawn() -> None:
 def test_unusable_weights(weights: dict[str, float]) -> None:
     with pytest.raises(UserError):
         Blend(weights)
-
-
-def test_fingerprint() -> None:
-    content = {"a": "1 tokens", "b": "2 tokens"}
-    base = fingerprint(Blend({"a": 1, "b": 3}), content)
-    assert fingerprint(Blend({"b": 0.75, "a": 0.25}), content) == base
-    assert fingerprint(Blend({"a": 1, "b": 2}), content) != base
-    assert fingerprint(Blend({"a": 1, "b": 3}), {**content, "b": "3 tokens"}) != base
-    assert fingerprint(Blend({"a": 1, "c": 3}), {"a": "1 tokens", "c": "2 tokens"}) != base

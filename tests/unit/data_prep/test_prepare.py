@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import data_prep.pool
 from data_prep.manifest import Manifest
-from data_prep.shard import ShardTask, make_shard
+from data_prep.progress import Progress
 from nemotron3_megatron.data.indexed import IndexedTokens
 from nemotron3_megatron.data.tokenizer import load_tokenizer
 
@@ -105,11 +104,11 @@ def test_killed_run_goes_on_where_it_was(prepare, write_jsonl, texts, tmp_path: 
     files = many_files(write_jsonl, texts)
     assert prepare(files, "whole", "shard_bytes=1") == 0
 
-    def dies_in_third(task: ShardTask, advance) -> object:
-        fatal = task.prefix.name == "00002"
-        return make_shard(task, (lambda _: os.kill(os.getpid(), signal.SIGKILL)) if fatal else advance)
+    def dies_in_third(progress: Progress, _: int) -> None:
+        if progress._path.stem == "00002":
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(data_prep.pool, "make_shard", dies_in_third)
+    monkeypatch.setattr(Progress, "advance", dies_in_third)
     child = multiprocessing.get_context("fork").Process(target=prepare, args=(files, "killed", "shard_bytes=1"))
     child.start()
     child.join(120)
@@ -199,10 +198,38 @@ def test_two_processes_make_the_same(prepare, write_jsonl, texts, tmp_path: Path
     assert manifests[0] == manifests[1]
 
 
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run(prepare, write_jsonl, texts, tmp_path: Path, monkeypatch, capsys) -> None:
+    """As the kernel does when memory runs out: the run must end with a message, and go on the next time."""
+    (tmp_path / "deadly.py").write_text(
+        "import os, pathlib\n"
+        "def keep(document):\n"
+        "    if pathlib.Path(__file__).with_name('armed').exists() and document.text.endswith(' 2'):\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return True\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    files = many_files(write_jsonl, texts)
+    assert prepare(files, "first", "shard_bytes=1") == 0
+    settings = ("shard_bytes=1", "num_workers=2", f"tokenizer.path='{tmp_path}/first/tokenizer.json'")
+    hooks = "filters.hooks=['deadly:keep']"
+    (tmp_path / "armed").touch()
+    assert prepare(files, "out", *settings, hooks, bpe=False) == 2
+    assert "a worker process died" in capsys.readouterr().err
+    (tmp_path / "armed").unlink()
+    assert prepare(files, "out", *settings, hooks, bpe=False) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "first")
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (["num_workers=0"], "at least 1"),
+        (["filters.min_characters=9", "filters.max_characters=3"], "at least 9"),
+        (["executor.kind=slurm"], "executor.partition=NAME"),
+        (["long.kind=retrieval", "long.lengths=[100]"], "at least 1024"),
+        (["long.kind=pack", "long.lengths=[]"], "long.lengths"),
         (["validation_fraction=1.0"], "share of the documents"),
         (["tokenizer.vocab_size=100"], "at least 257"),
         (["tokenizer.vocab_size=20000"], "too little text"),

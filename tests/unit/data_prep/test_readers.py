@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.inputs import InputFile
-from data_prep.readers import Defect, Document, read
+from data_prep.readers import Defect, Document, Keys, read
 from data_prep.recipe import Format
 
 pa = pytest.importorskip("pyarrow")
@@ -17,11 +17,11 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 
 def items(path: Path, kind: Format, field: str = "text") -> list[Document | Defect]:
-    return list(read(InputFile(path, path.name, kind, path.stat().st_size), field))
+    return list(read(InputFile(path, path.name, kind, path.stat().st_size), Keys(field)))
 
 
 def texts_of(path: Path, kind: Format, field: str = "text") -> list[str]:
-    return [item.text.decode() if isinstance(item, Document) else "DEFECT" for item in items(path, kind, field)]
+    return [item.text if isinstance(item, Document) else "DEFECT" for item in items(path, kind, field)]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])

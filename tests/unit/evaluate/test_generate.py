@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemotron3_megatron.checkpoint.huggingface import export_model
 from nemotron3_megatron.config.errors import UserError
-from nemotron3_megatron.evaluate.generate import complete, continuation, generate_main, read_options
+from nemotron3_megatron.evaluate.generate import (
+    complete,
+    continued,
+    generate_main,
+    read_options,
+    rules_of,
+    summary,
+    token_ids,
+)
+from nemotron3_megatron.evaluate.generation import Round
 from nemotron3_megatron.evaluate.sampling import Sampling
 from nemotron3_megatron.evaluate.trained import Trained, trained
 
@@ -25,7 +34,7 @@ GREEDY = Sampling(temperature=0)
 
 @pytest.fixture
 def model(saved: Saved) -> Iterator[Trained]:
-    with trained(saved.checkpoint) as loaded:
+    with trained(saved.checkpoint, spec="torch") as loaded:
         yield loaded
 
 
@@ -58,50 +67,87 @@ def test_the_seed_decides_the_text(model: Trained) -> None:
     assert len({text(seed) for seed in range(5)}) > 1
 
 
-@dataclasses.dataclass
-class _Fixed:
-    """Stands for a model whose next token is known: the last one plus one."""
+def _says(model: Trained, preferences: dict[int, float]) -> None:
+    """Make a model give these tokens these logits, and others none, whatever the context."""
+    with torch.no_grad():
+        model.model.output_layer.weight.zero_()
+        model.model.decoder.final_norm.weight.zero_()  # logits are then 0, and a bias is all that is left
 
-    vocabulary: int
+    def biased(module: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, None]) -> tuple[torch.Tensor, None]:
+        for token, logit in preferences.items():
+            outputs[0][..., token] = logit
+        return outputs
 
-    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        assert tokens.shape == positions.shape
-        return torch.nn.functional.one_hot((tokens + 1) % self.vocabulary, self.vocabulary).double()
+    model.model.output_layer.register_forward_hook(biased)
 
 
 def test_text_ends_with_the_document(model: Trained) -> None:
-    vocabulary = model.tokenizer.vocab_size
-    counting = dataclasses.replace(model, model=_Fixed(vocabulary))  # type: ignore[arg-type]
-    last = model.tokenizer.decode([vocabulary - 1])
-    assert model.tokenizer.encode(last) == [vocabulary - 1]
     assert model.tokenizer.eod == 0
-    assert complete(counting, last, GREEDY, max_new_tokens=10, seed=0) == ""
+    _says(model, {0: 9.0})
+    assert complete(model, "def", GREEDY, max_new_tokens=10, seed=0) == ""
 
 
 def test_tokens_the_tokenizer_does_not_know_are_never_drawn(model: Trained) -> None:
-    class Padded:
-        """Prefers the last entry of the model's vocabulary, which pads it; then token 65."""
-
-        def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            logits = torch.zeros(*tokens.shape, model.run.model.vocab_size)
-            logits[..., -1], logits[..., 65] = 9.0, 5.0
-            return logits
-
     assert model.run.model.vocab_size > model.tokenizer.vocab_size
-    padded = dataclasses.replace(model, model=Padded())  # type: ignore[arg-type]
-    assert complete(padded, "def", GREEDY, max_new_tokens=3, seed=0) == model.tokenizer.decode([65]) * 3
+    _says(model, {model.run.model.vocab_size - 1: 9.0, 65: 5.0})  # prefers the last entry, which pads the vocabulary
+    assert complete(model, "def", GREEDY, max_new_tokens=3, seed=0) == model.tokenizer.decode([65]) * 3
 
 
-def test_a_character_spread_over_tokens_is_decoded_whole(model: Trained) -> None:
-    tokens = model.tokenizer.encode("aé")  # é is two bytes, and this tokenizer has seen neither
-    assert len(tokens) == 3
-    assert continuation(model, tokens, 1) == "é"
+def test_pieces_of_text_come_with_the_tokens(model: Trained) -> None:
+    rules = rules_of(read_options(["checkpoint=c", "prompt=x", "temperature=3", "draft=2", "seed=5"]), model.tokenizer)
+    rounds = list(continued(model, "def ", rules, [5, 6]))
+    assert len(rounds) > 20
+    assert all(len(pieces) == len(each.new) == 2 for each, pieces in rounds)
+    for row in (0, 1):
+        tokens = [token for each, _ in rounds for token in each.new[row]]
+        whole = model.tokenizer.decode(model.tokenizer.encode("def ") + tokens)
+        assert "def " + "".join(pieces[row] for _, pieces in rounds) == whole
+
+
+def test_the_end_of_thinking_is_a_token_by_name_or_id_or_a_text(model: Trained) -> None:
+    assert token_ids("</think>", model.tokenizer) == (1,)
+    assert token_ids("17", model.tokenizer) == (17,)
+    assert token_ids("def add", model.tokenizer) == tuple(model.tokenizer.encode("def add"))
+    with pytest.raises(UserError, match="end_think=999"):
+        token_ids("999", model.tokenizer)
+    words = ["checkpoint=c", "prompt=x", "temperature=0", "max_new_tokens=6", "stop_at_eod=false", "think_budget=2"]
+    rules = rules_of(read_options(words), model.tokenizer)
+    assert rules.eod is None
+    tokens = [token for each, _ in continued(model, "def ", rules, [0]) for token in each.new[0]]
+    assert (len(tokens), tokens[2], tokens.count(1)) == (6, 1, 1)
+
+
+def test_the_summary_counts_tokens_and_accepted_drafts() -> None:
+    rounds = [Round(((1,),), 0, (0,)), Round(((2, 3),), 2, (1,)), Round(((4, 5, 6),), 2, (2,))]
+    assert summary(rounds[:1], 0.5) == "1 tokens in 0.50 s, 2.0 tokens/s"
+    expected = "6 tokens in 3.00 s, 2.0 tokens/s; 2 drafts a pass, acceptance length 2.50 of 3"
+    assert summary(rounds, 3.0) == expected
+
+
+def test_an_exported_model_generates_what_the_checkpoint_does(saved: Saved, tmp_path: Path) -> None:
+    with trained(saved.checkpoint) as model:
+        text = complete(model, "def ", GREEDY, max_new_tokens=8, seed=0)
+    export_model(saved.checkpoint, tmp_path / "hf")
+    with trained(tmp_path / "hf", recipe=saved.recipe) as published:
+        assert complete(published, "def ", GREEDY, max_new_tokens=8, seed=0) == text
+        assert published.tokenizer.fingerprint == model.tokenizer.fingerprint
+    with pytest.raises(UserError, match="recipe=NAME"), trained(tmp_path / "hf"):
+        pass
+    with pytest.raises(UserError, match=r"run\.json describes"), trained(saved.checkpoint, recipe="tiny"):
+        pass
 
 
 def test_the_command_prints_prompt_and_continuation(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate_main([f"checkpoint={saved.checkpoint}", "prompt=a = [b]", "max_new_tokens=3", "temperature=0"]) == 0
-    assert capsys.readouterr().out.startswith("a = [b]")
+    common = [f"checkpoint={saved.checkpoint}", "prompt=a = [b]", "max_new_tokens=3"]
+    assert generate_main([*common, "temperature=0"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("a = [b]")
+    assert "tokens/s" in printed.err
     assert not dist.is_initialized()
+    assert generate_main([*common, "samples=2", "seed=8", "draft=1"]) == 0
+    printed = capsys.readouterr()
+    assert [printed.out.count(text) for text in ("a = [b]", "seed 8\n", "seed 9\n")] == [2, 1, 1]
+    assert "acceptance length" in printed.err
 
 
 def test_options_are_typed_and_the_prompt_is_taken_as_it_is() -> None:
@@ -121,6 +167,8 @@ def test_options_are_typed_and_the_prompt_is_taken_as_it_is() -> None:
         (["checkpoint=c", "prompt=x", "seed=many"], "seed"),
         (["checkpoint=c", "prompt=x", "prompt=y"], "given twice"),
         (["checkpoint=c", "hello"], "is not key=value"),
+        (["checkpoint=c", "prompt=x", "samples=0"], "samples=0"),
+        (["checkpoint=c", "prompt=x", "stop_at_eod=perhaps"], "stop_at_eod"),
     ],
 )
 def test_wrong_options_are_explained(words: list[str], message: str) -> None:

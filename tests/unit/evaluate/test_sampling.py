@@ -10,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron3_megatron.config.errors import UserError
-from nemotron3_megatron.evaluate.sampling import Sampling, next_token, nucleus
+from nemotron3_megatron.evaluate.sampling import Sampling, distribution, draw, truncated
+
+
+def next_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    return draw(distribution(logits, sampling), generator)
+
 
 _logits = st.lists(st.floats(-20, 20), min_size=1, max_size=30).map(lambda x: torch.tensor(x, dtype=torch.float64))
 
@@ -18,7 +23,7 @@ _logits = st.lists(st.floats(-20, 20), min_size=1, max_size=30).map(lambda x: to
 @given(_logits, st.floats(0.01, 1.0))
 def test_the_nucleus_is_the_smallest_likely_set(logits: torch.Tensor, top_p: float) -> None:
     probabilities = torch.softmax(logits, 0)
-    kept = nucleus(probabilities, top_p)
+    kept = truncated(probabilities, Sampling(top_p=top_p))
     inside = kept > 0
     mass = probabilities[inside].sum().item()
     # Sums of at most 30 doubles in two orders: a few times 30 roundings of 1.1e-16.
@@ -45,6 +50,41 @@ def test_a_tiny_nucleus_is_the_most_likely_token(logits: torch.Tensor, seed: int
     token = next_token(logits, Sampling(temperature=1, top_p=1e-9), torch.Generator().manual_seed(seed))
     # Logits up to 20 closer than a few of their roundings (3.6e-15) have equal probabilities.
     assert logits[token] >= logits.max() - 1e-13
+
+
+@given(_logits, st.integers(0, 40))
+def test_top_k_keeps_the_most_likely_tokens(logits: torch.Tensor, top_k: int) -> None:
+    probabilities = torch.softmax(logits, 0)
+    kept = truncated(probabilities, Sampling(top_k=top_k, top_p=1.0))
+    inside = kept > 0
+    assert inside.sum() == (min(top_k, len(logits)) or len(logits))
+    if not inside.all():
+        assert probabilities[~inside].max() <= probabilities[inside].min()
+    assert torch.allclose(kept[inside] * probabilities[inside].sum(), probabilities[inside])
+
+
+@given(_logits, st.floats(0, 1))
+def test_min_p_keeps_what_is_likely_enough_beside_the_most_likely(logits: torch.Tensor, min_p: float) -> None:
+    probabilities = torch.softmax(logits, 0)
+    kept = truncated(probabilities, Sampling(min_p=min_p, top_p=1.0))
+    inside = probabilities >= min_p * probabilities.max()
+    assert torch.equal(kept > 0, inside)
+    assert torch.allclose(kept[inside] * probabilities[inside].sum(), probabilities[inside])
+
+
+def test_truncations_follow_one_another() -> None:
+    probabilities = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2], dtype=torch.float64)
+    # The 3 most likely are 0.4, 0.25, 0.2 of 0.85; the first two hold 0.76 of that, and 0.25 is less than 0.7 * 0.4.
+    three = Sampling(top_k=3, top_p=1.0)
+    assert torch.allclose(
+        truncated(probabilities, three), torch.tensor([0, 8, 0, 5, 4]).double() / 17, atol=1e-15, rtol=0
+    )
+    two = Sampling(top_k=3, top_p=0.75)
+    assert torch.allclose(
+        truncated(probabilities, two), torch.tensor([0, 8, 0, 5, 0]).double() / 13, atol=1e-15, rtol=0
+    )
+    one = Sampling(top_k=3, top_p=0.75, min_p=0.7)
+    assert torch.equal(truncated(probabilities, one), torch.tensor([0.0, 1, 0, 0, 0]).double())
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (0.8, 0.95)])
@@ -84,6 +124,10 @@ def test_the_generator_decides_the_draws() -> None:
     [
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": math.nan}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"min_p": -0.1}, "min_p=-0.1"),
+        ({"min_p": 1.1}, "min_p=1.1"),
+        ({"min_p": math.nan}, "min_p=nan"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_p": math.nan}, "top_p=nan"),

@@ -32,13 +32,24 @@ def run_of(*overrides: str, world_size: int | None = None) -> Run:
     return resolve(recipe, world_size or recipe.world_size or 1, origins)
 
 
-def test_slice_of_nano_needs_what_an_h100_measured() -> None:
-    """benchmarks/throughput.py, our loop without CUDA graph: torch.cuda.max_memory_allocated 36.5 GiB.
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "measured_gib"),
+    [
+        (NANO, 1, 35.4),
+        ((*NANO, "parallel.ep=2"), 2, 24.4),
+        ((*NANO, "precision=nemotron3_nvfp4"), 1, 37.0),
+    ],
+)
+def test_slice_of_nano_needs_what_a_gpu_measured(
+    overrides: tuple[str, ...], world_size: int, measured_gib: float
+) -> None:
+    """benchmarks/scaling.py and emulated_step.py, our loop: torch.cuda.max_memory_allocated on H200 and H100.
 
-    1 %: the measurement is rounded to 0.05 GiB, and small tensors (indices, masks) are not listed one by one.
+    2 %: the measurement is rounded to 0.05 GiB, small tensors (indices, masks) are not listed one by one, and routing
+    of fresh weights leaves one rank up to a few per cent more tokens.
     """
-    total = memory_plan(run_of(*NANO, world_size=1)).fullest.total / GIB
-    assert total == pytest.approx(36.5, rel=0.01)
+    total = memory_plan(run_of(*overrides, world_size=world_size)).fullest.total / GIB
+    assert total == pytest.approx(measured_gib, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -56,15 +67,13 @@ def test_stock_loop_differs_by_what_it_does_otherwise(
     """Peaks of a plain Megatron-Core loop on H100 and H200 (2026-11-21).
 
     Its cross entropy holds two FP32 tensors of the logits' shape beside those in BF16 (compiled, so that operations
-    written in place give new ones): 8 more bytes a logit. It has no stacked experts and, without gradients added up
-    in its GEMMs, no workspace term. 5 %: its own transients are not modelled.
+    written in place give new ones): 8 more bytes a logit. Without gradients added up in its GEMMs it has no workspace
+    term. 5 %: its own transients are not modelled.
     """
     run = run_of(*overrides, world_size=world_size)
     memory, stage, model = memory_plan(run).fullest, run.stages[0], run.model
     tokens = stage.micro_batch_size * stage.seq_length
-    linears = 2 * (model.moe_latent_size or model.hidden_size) * model.moe_ffn_hidden_size
-    stacked = 2 * model.pattern.count("E") * model.num_moe_experts * linears if run.layout.ep == 1 else 0
-    stock = memory.total + 8 * tokens * model.vocab_size - stacked - memory.workspace
+    stock = memory.total + 8 * tokens * model.vocab_size - memory.workspace
     assert stock / GIB == pytest.approx(measured_gib, rel=0.05)
 
 

@@ -22,9 +22,9 @@ def test_published_models_fit_nvfp4(model: str, tp: int) -> None:
 
 def test_widths_on_one_of_several_ranks() -> None:
     model = compose(["recipe=super_bf16"])[0].model
-    # Figures of the published model: 18560 outputs of in_proj, 2 key-value heads of 128 repeated on 8 ranks.
+    # Figures of the published model: 18560 outputs of in_proj, 2 key-value heads of 128 split over 8 ranks.
     assert weight_shape("mamba.in_proj", model, tp=8) == (2320, 4096)
-    assert weight_shape("attention.qkv", model, tp=8) == (32 * 128 // 8 + 2 * 128, 4096)
+    assert weight_shape("attention.qkv", model, tp=8) == ((32 * 128 + 2 * 2 * 128) // 8, 4096)
     assert weight_shape("attention.proj", model, tp=8) == (4096, 512)
 
 

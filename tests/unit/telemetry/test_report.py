@@ -118,8 +118,8 @@ def test_the_page_is_self_contained_and_complete(run_dir: Path) -> None:
     text = (run_dir / "report.html").read_text()
     found = _Page()
     found.feed(text)
-    assert len(found.links) == 1
-    assert found.links[0].startswith("data:image/png;base64,iVBOR")
+    assert len(found.links) == 2
+    assert all(link.startswith("data:image/png;base64,iVBOR") for link in found.links)
     assert not {"script", "link", "iframe"} & found.tags
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     assert {"validation loss", "<2>", "cpu & co", "telemetry.wandb", "command line", "50", "100"} <= set(found.cells)
@@ -134,7 +134,7 @@ def test_sampled_operands_are_drawn_and_summed_up(
     report_main([f"run_dir={run_dir}"])
     found = _Page()
     found.feed((run_dir / "report.html").read_text())
-    assert len(found.links) == 3
+    assert len(found.links) == 4
     assert "Quantisation" in found.cells
     assert "at most 30.0% (gradient of decoder.layers.2.mixer.in_proj)" in found.cells
     written = capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Long documents, made of short ones."""

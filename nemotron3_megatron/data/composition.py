@@ -1,0 +1,61 @@
+"""What a run will read of each source: exact, from the recipe's blends and stages alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from nemotron3_megatron.config.recipe import DataConfig
+from nemotron3_megatron.config.run import Run, Shape
+from nemotron3_megatron.data.blend import Blend
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Of one source, in the steps of one shape."""
+
+    stage: str
+    shape: Shape
+    source: str
+    tokens: Fraction
+    """Expected: a source is drawn at most one sequence more or fewer than its share."""
+
+
+def blend_of(data: DataConfig, name: str | None) -> Blend:
+    """A blend by name, those it names resolved to their sources; None: all sources by their own weights.
+
+    Raises:
+        UserError: there is no source, or a weight is unusable.
+    """
+    if name is None:
+        return Blend({source: config.weight for source, config in data.sources.items()})
+    shares: dict[str, Fraction] = {}
+    for part, share in Blend(data.blends[name]).shares.items():
+        inner = blend_of(data, part).shares if part in data.blends else {part: Fraction(1)}
+        for source, within in inner.items():
+            shares[source] = shares.get(source, Fraction(0)) + share * within
+    return Blend(shares)
+
+
+def blends_of(run: Run) -> dict[str | None, Blend]:
+    """All blends that the run's stages read."""
+    names = dict.fromkeys(shape.blend for stage in run.stages for shape in stage.shapes)
+    return {name: blend_of(run.data, name) for name in names}
+
+
+def planned(run: Run, blends: Mapping[str | None, Blend]) -> Iterator[Reading]:
+    """All that the run reads until its last step."""
+    for stage in run.stages:
+        for shape, steps in stage.until(run.total_steps).step_counts():
+            tokens = steps * shape.tokens_per_step
+            for source, share in blends[shape.blend].shares.items():
+                yield Reading(stage.name, shape, source, share * tokens)
+
+
+def planned_tokens(run: Run, blends: Mapping[str | None, Blend]) -> dict[str, Fraction]:
+    """Tokens of each source over the whole run."""
+    tokens: dict[str, Fraction] = {}
+    for reading in planned(run, blends):
+        tokens[reading.source] = tokens.get(reading.source, Fraction(0)) + reading.tokens
+    return tokens

@@ -1,0 +1,94 @@
+"""The real ``train.py`` with ``checkpoint.async_save``: a killed worker, a killed rank, a second job.
+
+Every run ends, after whatever happened, with the very numbers of a run that saved in the usual way undisturbed.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from e2e_start import STEPS, Start, checkpoints, ended, overrides, records, write_corpus
+
+from nemotron3_megatron.checkpoint import manifest
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+
+ASYNC = "checkpoint.async_save=true"
+BITWISE = ("step", "loss", "mtp_losses", "grad_norm", "lr")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for seed, name in enumerate(("train", "validation")):
+        write_corpus(folder / name, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """Numbers of an undisturbed run that waits for its checkpoints."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    outcome = ended(overrides(run_dir, data))
+    assert outcome.codes == (0, 0), outcome.output
+    return _numbers(run_dir)
+
+
+def test_killed_worker(data: Path, tmp_path: Path, expected: list[dict[str, object]]) -> None:
+    command = overrides(tmp_path, data, ASYNC, "checkpoint.keep_last=null")
+    with Start(command) as start:
+        worker = _when(lambda: _worker(start, rank=1) if "step_00000002" in checkpoints(tmp_path) else None)
+        worker.kill()
+        outcome = start.wait(400)
+    assert outcome.codes == (0, 0), outcome.output
+    assert "the checkpoint worker of rank 1 died by SIGKILL" in outcome.output
+    assert "a checkpoint is lost with the worker that wrote it; saving step" in outcome.output
+    assert _numbers(tmp_path) == expected
+    assert checkpoints(tmp_path)[-1] == f"step_{STEPS:08d}"
+    for path in (tmp_path / "checkpoints").iterdir():
+        manifest.verify_contents(manifest.verify(path), path)
+
+
+def test_killed_rank_and_a_second_job(data: Path, tmp_path: Path, expected: list[dict[str, object]]) -> None:
+    command = overrides(tmp_path, data, ASYNC)
+    with Start(command) as start:
+        # The worker writes while training goes on.
+        start.signal_when(lambda: ".step_00000004.partial" in checkpoints(tmp_path), 1, signal.SIGKILL, 400)
+        killed = start.wait(400)
+    assert killed.codes[1] == -signal.SIGKILL
+    assert killed.codes[0] != 0
+    assert "step_00000002" in checkpoints(tmp_path)
+
+    with Start(command) as first:
+        _when(lambda: (tmp_path / "run.lock").exists() and len(records(tmp_path)) >= 5)
+        second = ended(command)
+        outcome = first.wait(400)
+    assert second.codes == (2, 2), second.output
+    assert "is running in it, and two would overwrite each other" in second.output
+    assert outcome.codes == (0, 0), outcome.output
+    assert "continuing from" in outcome.output
+    assert _numbers(tmp_path) == expected
+    assert not (tmp_path / "run.lock").exists()
+
+
+def _numbers(run_dir: Path) -> list[dict[str, object]]:
+    return [{key: record[key] for key in BITWISE} for record in records(run_dir)]
+
+
+def _worker(start: Start, rank: int) -> psutil.Process | None:
+    children = psutil.Process(start._processes[rank].pid).children()
+    return next((child for child in children if "nemotron3_megatron.checkpoint.worker" in child.cmdline()), None)
+
+
+def _when[T](ready: Callable[[], T | None], timeout_s: float = 400) -> T:
+    """The first true value of ``ready``."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := ready()):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return value

@@ -1,0 +1,45 @@
+"""Which runs keep their experts' token counts on the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tiny import tiny_run
+
+import nemotron3_megatron  # noqa: F401  (before any Megatron-Core import: it installs the CPU platform)
+from nemotron3_megatron.model.builder import keeps_counts_on_device
+from nemotron3_megatron.precision.backend import Backend
+from nemotron3_megatron.precision.policy import Format
+
+
+@pytest.mark.parametrize(
+    ("number_format", "backend", "expected"),
+    [
+        ("bf16", "none", True),
+        ("nvfp4", "emulated", True),
+        ("mxfp8", "emulated", True),
+        ("nvfp4", "native", False),  # TE's grouped GEMM takes counts from the CPU
+    ],
+)
+def test_formats_and_backends(number_format: Format, backend: Backend, expected: bool) -> None:
+    run = tiny_run(1, dtype="bf16")
+    run = replace(run, precision=replace(run.precision, default=number_format))
+    assert keeps_counts_on_device(run, backend) is expected
+
+
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2, "ep": 2}, {"tp": 2}])
+def test_layouts(layout: dict[str, int]) -> None:
+    assert keeps_counts_on_device(tiny_run(2, dtype="bf16", **layout), "none") is True
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "fp32"},  # torch's grouped product on a GPU is BF16
+        {"recompute": "selective", "recompute_modules": ("moe_act",)},
+    ],
+)
+def test_runs_that_cannot(options: dict[str, Any]) -> None:
+    assert keeps_counts_on_device(tiny_run(2, **{"dtype": "bf16"} | options), "none") is False
