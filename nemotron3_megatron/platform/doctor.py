@@ -66,6 +66,9 @@ PACKAGES = (
     Package("transformers", "transformers", "optional", "no Hugging Face tokenizers, no check of exported models"),
     Package("mistral-common", "mistral_common", "optional", "no tekken tokenizer"),
     Package("pyarrow", "pyarrow", "optional", "no parquet and no .zst input"),
+    Package("datatrove", "datatrove", "optional", "no data preparation"),
+    Package("warcio", "warcio", "optional", "no WARC input"),
+    Package("trafilatura", "trafilatura", "optional", "no text out of HTML in WARC input"),
     Package(
         "transformer-engine",
         "transformer_engine.pytorch",
