@@ -98,12 +98,8 @@ class Nemotron3Model(HybridModel):  # type: ignore[misc]
 
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of every position: hidden (S, B, H) and labels (B, S) -> (B, S) float32."""
-        if hidden.is_cuda:
-            losses: Tensor = self.output_layer(hidden, labels=labels)
-            return losses
-        logits, _ = self.output_layer(hidden)
-        loss: Tensor = self.compute_language_model_loss(labels, logits)
-        return loss.float()
+        losses: Tensor = self.output_layer(hidden, labels=labels)
+        return losses.float()
 
 
 def _let_constructor_pass() -> None:

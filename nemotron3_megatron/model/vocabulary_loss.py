@@ -1,10 +1,13 @@
-"""Output layer and cross entropy in one: the logits exist once, in the model's type, and become their own gradient.
+"""Output layer and cross entropy in one.
+
+Logits exist once, in the model's type, and become their own gradient; at great lengths they exist in parts only.
 
 Shapes: S local sequence, B batch, T = S * B rows, H hidden, V vocabulary shard of this tensor-parallel rank.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,19 +19,23 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemotron3_megatron.model.logits import LOGITS_BYTES, rows_at_a_time
 from nemotron3_megatron.model.wgrad import weight_gradient
 
 
-def vocabulary_loss(hidden: Tensor, output_layer: ColumnParallelLinear, labels: Tensor) -> Tensor:
+def vocabulary_loss(
+    hidden: Tensor, output_layer: ColumnParallelLinear, labels: Tensor, limit_bytes: int = LOGITS_BYTES
+) -> Tensor:
     """Cross entropy of every position.
 
     Args:
         hidden: (S, B, H), or this rank's part of the sequence under sequence parallelism.
         output_layer: Megatron-Core's, bias-free; its weight is (V, H).
         labels: (B, S) int64 ids in the whole vocabulary.
+        limit_bytes: logits beyond it are made in parts, twice.
 
     Returns:
-        (B, S) float32.
+        (B, S) float32 (float64 of a float64 model).
     """
     group = output_layer.tp_group
     if output_layer.sequence_parallel:
@@ -36,9 +43,11 @@ def vocabulary_loss(hidden: Tensor, output_layer: ColumnParallelLinear, labels: 
     elif group.size() > 1:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
     length, batch, width = hidden.shape
+    weight, fused = output_layer.weight, output_layer.config.gradient_accumulation_fusion
+    part = rows_at_a_time(length * batch, weight.shape[0], hidden.element_size(), limit_bytes)
     flat = labels.transpose(0, 1).reshape(-1)
     losses: Tensor = _VocabularyLoss.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, width), output_layer.weight, flat, group, output_layer.config.gradient_accumulation_fusion
+        hidden.reshape(-1, width), weight, flat, group, fused, part
     )
     return losses.view(length, batch).transpose(0, 1)
 
@@ -57,12 +66,15 @@ def losses_or_logits(
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: ProcessGroup, fused: bool) -> Tensor:
-        from nemotron3_megatron.model.kernels.cross_entropy import row_statistics
-
-        logits = hidden @ weight.T
-        first_id = group.rank() * weight.shape[0]
-        largest, total, target = row_statistics(logits, labels, first_id)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: ProcessGroup, fused: bool, part: int
+    ) -> Tensor:
+        compute, first_id = _cross_entropy(hidden), group.rank() * weight.shape[0]
+        found, logits = [], None
+        for rows, ids in zip(hidden.split(part), labels.split(part), strict=True):
+            logits = rows @ weight.T
+            found.append(compute.row_statistics(logits, ids, first_id))
+        largest, total, target = (torch.cat(each) for each in zip(*found, strict=True))
         if group.size() > 1:
             highest = largest.clone()
             torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -70,16 +82,35 @@ class _VocabularyLoss(torch.autograd.Function):
             torch.distributed.all_reduce(parts, group=group)
             largest, (total, target) = highest, parts
         log_sum = total.log() + largest
-        ctx.save_for_backward(hidden, weight, labels, logits, log_sum)
-        ctx.first_id, ctx.fused = first_id, fused
+        ctx.save_for_backward(hidden, weight, labels, logits if len(found) == 1 else None, log_sum)
+        ctx.first_id, ctx.fused, ctx.part = first_id, fused, part
         return log_sum - target
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        from nemotron3_megatron.model.kernels.cross_entropy import logits_to_gradient
+        hidden, weight, labels, kept, log_sum = ctx.saved_tensors
+        compute = _cross_entropy(hidden)
+        scales = gradients[0].to(log_sum.dtype).contiguous()
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight: Tensor | None = None
+        for start in range(0, hidden.shape[0], ctx.part):
+            rows = slice(start, start + ctx.part)
+            logits = hidden[rows] @ weight.T if kept is None else kept
+            compute.logits_to_gradient(logits, labels[rows], ctx.first_id, log_sum[rows], scales[rows])
+            if d_hidden is not None:
+                torch.matmul(logits, weight, out=d_hidden[rows])
+            if ctx.needs_input_grad[1]:
+                gradient = weight_gradient(logits, hidden[rows], weight, fused=ctx.fused)
+                d_weight = gradient if d_weight is None or ctx.fused else d_weight.to(log_sum.dtype) + gradient
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
-        hidden, weight, labels, logits, log_sum = ctx.saved_tensors
-        logits_to_gradient(logits, labels, ctx.first_id, log_sum, gradients[0].float().contiguous())
-        d_hidden = logits @ weight if ctx.needs_input_grad[0] else None
-        d_weight = weight_gradient(logits, hidden, weight, fused=ctx.fused) if ctx.needs_input_grad[1] else None
-        return d_hidden, d_weight, None, None, None
+
+def _cross_entropy(hidden: Tensor) -> ModuleType:
+    """Kernels on a GPU, torch elsewhere."""
+    if hidden.is_cuda:
+        from nemotron3_megatron.model.kernels import cross_entropy as kernels
+
+        return kernels
+    from nemotron3_megatron.model import cross_entropy
+
+    return cross_entropy

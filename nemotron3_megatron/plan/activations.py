@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.config.run import Run, Stage
+from nemotron3_megatron.model.logits import rows_at_a_time
 from nemotron3_megatron.plan.parameters import BYTES, Chunk
 from nemotron3_megatron.plan.quantised import input_bytes_saved
 from nemotron3_megatron.precision.policy import Role
@@ -240,9 +241,11 @@ def ends(at: Shape, chunk: Chunk) -> int:
 
 def logits(at: Shape, chunk: Chunk) -> int:
     """Of all depths, 2 V / tp a token each, kept in BF16 until each becomes its own gradient; and one gradient 2 H of
-    the hidden states."""
+    the hidden states. Beyond ``model/logits.py``'s limit they are made in parts, of which one exists at a time."""
     if not chunk.last:
         return 0
     depths = 1 + at.model.mtp_depths
-    width = at.value * at.model.vocab_size // at.run.layout.tp
-    return at.tokens * (depths * (width + FLOAT) + at.value * at.model.hidden_size)
+    width = at.model.vocab_size // at.run.layout.tp
+    part = rows_at_a_time(at.tokens, width, at.value)
+    kept = depths * at.tokens if part == at.tokens else part
+    return kept * at.value * width + at.tokens * (depths * FLOAT + at.value * at.model.hidden_size)

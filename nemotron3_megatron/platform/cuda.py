@@ -82,7 +82,6 @@ class CudaPlatform:
             # Transformer Engine's GEMMs add weight gradients into the FP32 buffers themselves.
             "gradient_accumulation_fusion": True,
             "use_fused_weighted_squared_relu": True,
-            "cross_entropy_loss_fusion": True,
             "moe_permute_fusion": True,
             "moe_grouped_gemm": True,
         }

@@ -38,7 +38,6 @@ def _gradients(
         from nemotron3_megatron.train.step import accumulate_gradients
 
         chunk, steps = trainer.chunks[0], []
-        _lose_in_one_pass(type(chunk))
         if not repaired:
             for module in chunk.mtp.modules():
                 if hasattr(module, "disable_parameter_transpose_cache"):
@@ -51,11 +50,6 @@ def _gradients(
                 for parameter in chunk.parameters():
                     parameter.mul_(1.25)
         return steps
-
-
-def _lose_in_one_pass(model: Any) -> None:
-    """Output layer and loss as on a GPU, in this process, which ends with the test."""
-    model._token_losses = lambda self, hidden, labels: self.output_layer(hidden, labels=labels)
 
 
 def _added(chunk: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""The Triton kernels of the cross entropy, run by Triton's interpreter on a CPU, against torch in float64."""
+"""Cross entropy by the Triton kernels (run by Triton's interpreter on a CPU) and in torch, against torch in float64."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron3_megatron.model.kernels import cross_entropy
+from nemotron3_megatron.model import cross_entropy
+from nemotron3_megatron.model.kernels import cross_entropy as kernels
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process of its own: whether Triton interprets is settled when it is imported."""
+@pytest.fixture(scope="module", params=["kernels", "torch"])
+def interpreter(request: pytest.FixtureRequest) -> Iterator[ProcessPoolExecutor | None]:
+    """A process of its own for the kernels: whether Triton interprets is settled when it is imported."""
+    if request.param == "torch":
+        yield None
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _without_warnings) as process:
@@ -28,16 +32,21 @@ def _without_warnings() -> None:
     np.seterr(all="ignore")
 
 
-def row_statistics(interpreter: ProcessPoolExecutor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return interpreter.submit(cross_entropy.row_statistics, *args).result()
+def row_statistics(interpreter: ProcessPoolExecutor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if interpreter is None:
+        return cross_entropy.row_statistics(*args)
+    return interpreter.submit(kernels.row_statistics, *args).result()
 
 
-def gradient(interpreter: ProcessPoolExecutor, *args: Any) -> Tensor:
-    return interpreter.submit(_overwritten, *args).result()
+def gradient(interpreter: ProcessPoolExecutor | None, logits: Tensor, *args: Any) -> Tensor:
+    if interpreter is None:
+        cross_entropy.logits_to_gradient(own := logits.clone(), *args)
+        return own
+    return interpreter.submit(_overwritten, logits, *args).result()
 
 
 def _overwritten(logits: Tensor, *args: Any) -> Tensor:
-    cross_entropy.logits_to_gradient(logits, *args)
+    kernels.logits_to_gradient(logits, *args)
     return logits
 
 
@@ -50,7 +59,7 @@ def batch(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [100, 4096, 9000])
-def test_one_shard(interpreter: ProcessPoolExecutor, vocabulary: int, dtype: torch.dtype) -> None:
+def test_one_shard(interpreter: ProcessPoolExecutor | None, vocabulary: int, dtype: torch.dtype) -> None:
     logits, labels = batch(5, vocabulary, dtype)
     weight = torch.tensor([1.0, 0.0, 0.25, 2.0, 1.0])
     exact = logits.double().requires_grad_()
@@ -69,7 +78,7 @@ def test_one_shard(interpreter: ProcessPoolExecutor, vocabulary: int, dtype: tor
     assert not found[1].any()
 
 
-def test_shards_of_the_vocabulary_add_up(interpreter: ProcessPoolExecutor) -> None:
+def test_shards_of_the_vocabulary_add_up(interpreter: ProcessPoolExecutor | None) -> None:
     logits, labels = batch(6, 300, torch.float32)
     expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     shards = [part.contiguous() for part in logits.split(100, dim=1)]
@@ -86,7 +95,7 @@ def test_shards_of_the_vocabulary_add_up(interpreter: ProcessPoolExecutor) -> No
     torch.testing.assert_close(whole[1:], (logits.softmax(1) - one_hot)[1:], rtol=1e-4, atol=1e-6)
 
 
-def test_masked_rows_are_not_read(interpreter: ProcessPoolExecutor) -> None:
+def test_masked_rows_are_not_read(interpreter: ProcessPoolExecutor | None) -> None:
     """Whatever padding holds, its gradient is zero."""
     logits = torch.full((2, 64), torch.nan)
     found = gradient(interpreter, logits, torch.zeros(2, dtype=torch.int64), 0, torch.zeros(2), torch.zeros(2))

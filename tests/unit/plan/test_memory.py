@@ -207,3 +207,15 @@ def test_native_formats_save_smaller_inputs_than_emulated() -> None:
     kept = [memory_plan(run).fullest.activations for run in (native, emulated, run_of("recipe=super_bf16"))]
     # Emulated, the two readers of an MoE layer's norm keep a copy each.
     assert kept[0] < kept[2] < kept[1]
+
+
+def test_logits_of_a_long_sequence_exist_in_parts() -> None:
+    """131,072 logits of 524,288 tokens are 128 GiB; 4 GiB of them exist at a time."""
+
+    def logit_gib(length: int) -> float:
+        options = [f"stages.{stage}.seq_length={length}" for stage in ("phase1", "phase2")]
+        return memory_plan(run_of(*NANO, *options, world_size=1)).fullest.logits / GIB
+
+    hidden, losses = 2 * 2688 / 2**30, 4 / 2**30
+    assert logit_gib(16_384) == pytest.approx(4 + 16_384 * (hidden + losses))
+    assert logit_gib(524_288) == pytest.approx(4 + 524_288 * (hidden + losses))

@@ -66,7 +66,6 @@ def test_te_flags_switch_on_what_the_torch_flags_switch_off(monkeypatch: pytest.
         "transformer_impl",
         "gradient_accumulation_fusion",
         "use_fused_weighted_squared_relu",
-        "cross_entropy_loss_fusion",
         "moe_permute_fusion",
         "moe_grouped_gemm",
     }
