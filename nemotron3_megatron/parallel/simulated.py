@@ -16,12 +16,15 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
+from torch.overrides import _get_current_function_mode_stack
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.parallel.groups import start_groups, stop_groups
+from nemotron3_megatron.platform import cuda_on_cpu
 from nemotron3_megatron.platform.cpu import CpuPlatform, open_platform
 
 _META = torch.device("meta")
@@ -51,10 +54,26 @@ def simulated_world(run: Run, rank: int) -> Iterator[tuple[SimulatedPlatform, Pr
     torch.distributed.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         groups = start_groups(run, platform)
-        with _META:
+        with _META, _current_device_is_meta():
             yield platform, groups
     finally:
         stop_groups()
+
+
+@contextmanager
+def _current_device_is_meta() -> Iterator[None]:
+    """Also where torch has left the context of its default device: in a backward pass inside a backward pass."""
+    ordinary = cuda_on_cpu.current_device
+
+    def current_device(*_: object) -> torch.device:
+        contexts = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+        return contexts[-1].device if contexts else _META
+
+    cuda_on_cpu.current_device = current_device
+    try:
+        yield
+    finally:
+        cuda_on_cpu.current_device = ordinary
 
 
 class AnswersReads(TorchDispatchMode):
