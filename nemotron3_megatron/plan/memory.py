@@ -65,7 +65,7 @@ class MemoryPlan:
     stage: Stage
     """Of the curriculum, in the hungriest of its shapes."""
     checkpoint_host: int
-    """Bytes of CPU memory that a rank needs while it saves: its weights and optimizer state."""
+    """Bytes of CPU memory that a rank needs while it saves in the background: its weights and optimizer state."""
 
     @property
     def fullest_rank(self) -> int:
