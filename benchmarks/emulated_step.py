@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--policies", default="bf16,nemotron3_nvfp4", help="names in recipes/precision; the first is 1")
     parser.add_argument("--slice", default="nano", help="in benchmarks/slices.py")
     parser.add_argument("--steps", type=int, default=10, help="timed steps a turn")
+    parser.add_argument("--balanced", action="store_true", help="every expert gets as many tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
     parser.add_argument("overrides", nargs="*", help="further recipe overrides of every policy")
     options = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> None:
     turns: dict[str, list[Timing]] = {name: [] for name in policies}
     for _ in range(TURNS):
         for name, run in runs.items():
-            turns[name].append(in_fresh_process(time_steps, run, "ours", options.steps))
+            turns[name].append(in_fresh_process(time_steps, run, "ours", options.steps, options.balanced))
     results = {name: summary(runs[name], measured) for name, measured in turns.items()}
     if options.json:
         print(json.dumps(results, indent=2))

@@ -41,11 +41,11 @@ STOCK: dict[str, object] = {
 class Peer:
     """Model, optimizer and step; after ``slices.open_gpu``."""
 
-    def __init__(self, run: Run) -> None:
-        """Build for ``run``'s architecture, batch and optimizer settings."""
+    def __init__(self, run: Run, balanced: bool) -> None:
+        """Build for ``run``'s architecture, batch and optimizer settings; ``balanced`` routing ignores the router."""
         self._run = run
         start_groups(run, _platform())
-        config = transformer_config(run, STOCK)
+        config = transformer_config(run, STOCK | {"moe_router_force_load_balancing": balanced})
         model = HybridModel(
             config=config,
             hybrid_stack_spec=hybrid_stack_spec,

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--loops", default="ours,peer")
     parser.add_argument("--steps", type=int, default=10, help="timed steps a turn")
     parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--balanced", action="store_true", help="every expert gets as many tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
     parser.add_argument("--profile", type=Path, help="folder for the kernels of one step")
     parser.add_argument("overrides", nargs="*", help="further recipe overrides")
@@ -43,7 +44,7 @@ def main() -> None:
             for loop, measured in turns.items():
                 folder = options.profile if turn == 0 else None
                 report = folder and folder / f"{name}_{loop}.txt"
-                measured.append(in_fresh_process(time_steps, run, loop, options.steps, report))
+                measured.append(in_fresh_process(time_steps, run, loop, options.steps, options.balanced, report))
         results[name] = {loop: summary(run, measured) for loop, measured in turns.items()}
     if options.json:
         print(json.dumps({"device": device, "matmul_flops": peak, "slices": results}, indent=2))

@@ -41,13 +41,16 @@ class Timing:
     """Of the precision plan."""
 
 
-def time_steps(run: Run, loop: str, steps: int, report: Path | None = None, place: Place | None = None) -> Timing:
+def time_steps(
+    run: Run, loop: str, steps: int, balanced: bool, report: Path | None = None, place: Place | None = None
+) -> Timing:
     """Build ``run`` in this process and time its steps.
 
     Args:
         run: what to train, on random tokens.
         loop: ``ours``, or ``peer`` (peer.py).
         steps: timed, after WARMUP_STEPS.
+        balanced: every expert gets as many tokens, as published figures have it; else what fresh weights route.
         report: file for the kernels of one more step.
         place: this process among several; None: one GPU.
     """
@@ -55,7 +58,7 @@ def time_steps(run: Run, loop: str, steps: int, report: Path | None = None, plac
     started = time.perf_counter()
     seconds: list[float] = []
     platform = open_gpu(place)
-    step, backend = _step_of(loop, run, platform)
+    step, backend = _step_of(loop, run, platform, balanced)
     for number in range(WARMUP_STEPS + steps):
         batches = random_batches(run, number, place.rank)
         platform.synchronize()
@@ -89,12 +92,16 @@ def summary(run: Run, turns: list[Timing]) -> dict[str, Any]:
     }
 
 
-def _step_of(loop: str, run: Run, platform: Platform) -> tuple[Step, str]:
+def _step_of(loop: str, run: Run, platform: Platform, balanced: bool) -> tuple[Step, str]:
     if loop == "peer":
         from peer import Peer
 
-        return Peer(run).step, "none"
+        return Peer(run, balanced).step, "none"
+    from megatron.core.transformer.moe.router import TopKRouter
+
     trainer = build_trainer(run, platform, start_groups(run, platform))
+    for module in (module for chunk in trainer.chunks for module in chunk.modules() if isinstance(module, TopKRouter)):
+        module.config.moe_router_force_load_balancing = balanced
     return lambda batches: train_step(trainer, batches, run.stages[0], 1e-4).losses[0], trainer.backend
 
 
