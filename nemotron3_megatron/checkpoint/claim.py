@@ -12,6 +12,7 @@ suspended for so long that it lost its claim notices before it publishes anythin
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -19,7 +20,8 @@ import secrets
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,17 +70,18 @@ class Claim:
         path = Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         me = Owner(secrets.token_hex(8), socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()))
-        while not _create(path, me):
-            other = _read(path)
-            if other is not None and _lives(path, other, patience_s):
-                raise UserError(
-                    f"run_dir={run_dir}",
-                    where=str(path),
-                    why=f"process {other.pid} on {other.host} is running in it, and two would overwrite each other",
-                    nearest="another run_dir, or end that job first",
-                )
-            _log.warning("taking over %s: %s", path, "its owner is gone" if other else "it cannot be read")
-            _set_aside(path, other, me)
+        with _one_at_a_time(path.parent):
+            while not _create(path, me):
+                other = _read(path)
+                if other is not None and _lives(path, other, patience_s):
+                    raise UserError(
+                        f"run_dir={run_dir}",
+                        where=str(path),
+                        why=f"process {other.pid} on {other.host} is running in it, and two would overwrite each other",
+                        nearest="another run_dir, or end that job first",
+                    )
+                _log.warning("taking over %s: %s", path, "its owner is gone" if other else "it cannot be read")
+                _set_aside(path, other, me)
         return cls(path, me)
 
     def require(self) -> None:
@@ -112,6 +115,19 @@ class Claim:
                 return
             with suppress(OSError):  # a full disk must not end the run here; saving will say so
                 _replace(self._path, Owner(**{**asdict(self._owner), "beat": count}))
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let takers on one machine take turns: of several that find the same dead owner, one must not set aside the file
+    that another has just made. Network file systems may have no such lock; there :meth:`Claim.require` finds out."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lives(path: Path, owner: Owner, patience_s: float) -> bool:

@@ -137,8 +137,9 @@ def _tensor(run: Run, stage: Stage, segment: Segment) -> Iterator[Collective]:
         yield _layer("layers, vocabulary", "all-reduce", group, reduced * whole)
         yield _layer("MTP projection", "all-gather", group, depths * whole)
         return
+    # The vocabulary loss keeps its gathered input.
     # MTP's eh_proj: 2 H gathered, H gathered back; backward one H gathered, 2 H gathered for wgrad.
-    gathered = forward + 2 * len(passed) + tables + 2 * outputs + 6 * depths
+    gathered = forward + 2 * len(passed) + tables + outputs + 6 * depths
     # Its two inputs' gradients are scattered: 2 H.
     scattered = forward + len(passed) + tables + outputs + 2 * depths
     yield _layer("layers, vocabulary", "all-gather", group, gathered * whole)

@@ -32,8 +32,8 @@ def test_nano_on_its_published_layout() -> None:
     run = planned(3072, "recipe=nano_bf16")
     bytes_of = sent(run)
     activations = 2 * 8192 * 2688 * 2 / 2  # BF16; half of the buffer goes to the other rank
-    # 52 layers: forward one gather, backward two; embedding backward; output layer forward and for wgrad.
-    assert bytes_of["layers, vocabulary", "all-gather"] == (52 * 3 + 1 + 2) * activations
+    # 52 layers: forward one gather, backward two; embedding backward; output layer forward.
+    assert bytes_of["layers, vocabulary", "all-gather"] == (52 * 3 + 1 + 1) * activations
     assert bytes_of["layers, vocabulary", "reduce-scatter"] == (52 * 2 + 1 + 1) * activations
     rows = 23 * 2 * 8192 // 2 * 6  # sequence parallel: half of the tokens a rank, top-6
     assert bytes_of["expert dispatch", "all-to-all"] == 2 * rows * (2688 * 2 + 4) * 31 / 32
