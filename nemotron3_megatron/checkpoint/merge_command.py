@@ -11,6 +11,7 @@ from typing import Any, Literal
 from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.typed import typed
+from nemotron3_megatron.config.words import key_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +56,6 @@ def merge_main(words: Sequence[str]) -> int:
 
 
 def _values(words: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for word in words:
-        key, found, value = word.partition("=")
-        if not found or key in values:
-            why = "is not key=value" if not found else f"{key} is given twice"
-            raise UserError(word, where="command line", why=why, nearest="nemotron3 merge run_dir=RUN out=DIR")
-        values[key] = int(value) if key == "seed" and value.isdecimal() else value
-    return values
+    usage = "nemotron3 merge run_dir=RUN out=DIR"
+    values = key_values(words, nearest=usage, nearest_twice=usage)
+    return {key: int(value) if key == "seed" and value.isdecimal() else value for key, value in values.items()}

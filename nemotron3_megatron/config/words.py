@@ -1,4 +1,4 @@
-"""``key=value`` words of a verb that takes no recipe, as a typed dataclass."""
+"""``key=value`` words of a verb that takes no recipe: split, or as a typed dataclass."""
 
 from __future__ import annotations
 
@@ -12,6 +12,28 @@ from nemotron3_megatron.config.provenance import COMMAND_LINE
 from nemotron3_megatron.config.typed import typed
 
 
+def key_values(words: Sequence[str], *, nearest: str = "", nearest_twice: str = "") -> dict[str, str]:
+    """Split ``key=value`` words.
+
+    Args:
+        words: of the command line.
+        nearest: shown for a word without ``=``, which takes the place of ``{word}``.
+        nearest_twice: shown for a key given twice.
+
+    Raises:
+        UserError: a word has another form or is given twice.
+    """
+    values: dict[str, str] = {}
+    for word in words:
+        key, found, text = word.partition("=")
+        if not found:
+            raise UserError(word, where=COMMAND_LINE, why="is not key=value", nearest=nearest.replace("{word}", word))
+        if key in values:
+            raise UserError(word, where=COMMAND_LINE, why=f"{key} is given twice", nearest=nearest_twice)
+        values[key] = text
+    return values
+
+
 def options_of(kind: Any, words: Sequence[str]) -> Any:
     """Read ``key=value`` words into the dataclass ``kind``; values are YAML.
 
@@ -19,13 +41,10 @@ def options_of(kind: Any, words: Sequence[str]) -> Any:
         UserError: a word has another form or is given twice, or a key or value is not legal.
     """
     values: dict[str, object] = {}
-    for word in words:
-        key, found, text = word.partition("=")
-        if not found or key in values:
-            why = "is not key=value" if not found else f"{key} is given twice"
-            raise UserError(word, where=COMMAND_LINE, why=why)
+    for key, text in key_values(words).items():
         try:
             values[key] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(word, where=COMMAND_LINE, why="has a value that cannot be read") from None
+            why = "has a value that cannot be read"
+            raise UserError(f"{key}={text}", where=COMMAND_LINE, why=why) from None
     return typed(kind, values, "", lambda _: COMMAND_LINE)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.typed import typed
+from nemotron3_megatron.config.words import key_values
 from nemotron3_megatron.data.tokenizer import Tokenizer
 from nemotron3_megatron.evaluate.generation import Round, Rules, acceptance_length, generate
 from nemotron3_megatron.evaluate.sampling import Sampling
@@ -165,14 +166,8 @@ def read_options(overrides: Sequence[str]) -> Options:
     Raises:
         UserError: a word has another form or is given twice, or a key or value is not legal.
     """
-    values: dict[str, object] = {}
-    for word in overrides:
-        key, found, value = word.partition("=")
-        if not found:
-            raise UserError(word, where="command line", why="is not key=value", nearest=f"prompt={word}")
-        if key in values:
-            raise UserError(word, where="command line", why=f"{key} is given twice")
-        values[key] = value if key in _TEXTS else _value(value)
+    words = key_values(overrides, nearest="prompt={word}")
+    values = {key: value if key in _TEXTS else _value(value) for key, value in words.items()}
     options = typed(Options, values, "", lambda _: "command line")
     assert isinstance(options, Options)
     return options

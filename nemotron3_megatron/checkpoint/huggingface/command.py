@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.typed import typed
+from nemotron3_megatron.config.words import key_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +78,7 @@ def import_main(overrides: Sequence[str]) -> int:
 
 
 def _values(words: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for word in words:
-        key, found, value = word.partition("=")
-        if not found:
-            raise UserError(word, where="command line", why="is not key=value", nearest=f"out={word}")
-        if key in values:
-            raise UserError(word, where="command line", why=f"{key} is given twice")
-        values[key] = value
-    return values
+    return {**key_values(words, nearest="out={word}")}
 
 
 def _positive(key: str, text: str) -> float:
