@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=("ep", "dp"), default="ep")
     parser.add_argument("--loop", choices=("ours", "peer"), default="ours")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--sequences", type=int, default=2, help="a GPU and step")
     parser.add_argument("--balanced", action="store_true", help="every expert gets as many tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
     parser.add_argument("--profile", type=Path, help="folder for the kernels of one step")
@@ -37,7 +38,7 @@ def main() -> None:
     for name in options.slices.split(","):
         for size in map(int, options.gpus.split(",")):
             layout = [f"parallel.ep={size}"] if options.layout == "ep" else []
-            run = slice_run(name, [*layout, *options.overrides], size)
+            run = slice_run(name, [*layout, *options.overrides], size, options.sequences)
             report = options.profile and options.profile / f"{name}_{options.loop}_{size}.txt"
             ranks = on_gpus(size, time_steps, run, options.loop, options.steps, options.balanced, report)
             results.setdefault(name, {})[size] = summary(run, ranks[:1])

@@ -29,10 +29,14 @@ SLICES: dict[str, tuple[str, ...]] = {
         "model.mtp_depths=0",
         "model.num_moe_experts=64",
     ),
+    "nano64": ("recipe=nano_bf16", "model.num_moe_experts=64"),
     "a315m": ("recipe=ladder_a315m_1b", "stages.pretrain.micro_batch_size=1"),
 }
-"""Overrides of each slice: sequence 8192, two sequences a GPU in micro-batches of one. Nano's has 1.60 B parameters and
-16 of 128 experts, Super's 2.65 B and 64 of 512; the ladder's smallest model is whole."""
+"""Overrides of each slice: sequence 8192, micro-batches of one sequence, two a GPU unless said otherwise.
+
+Nano's has 1.60 B parameters and 16 of 128 experts, Super's 2.65 B and 64 of 512; the ladder's smallest model is whole.
+``nano64`` has all of Nano's layers and half its experts: on 4 GPUs with EP 4 each holds what it would hold of whole
+Nano on 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +49,10 @@ class Place:
     """File through which the processes find each other."""
 
 
-def slice_run(name: str, overrides: list[str], world_size: int = 1) -> Run:
-    """The run of a slice."""
+def slice_run(name: str, overrides: list[str], world_size: int = 1, sequences: int = 2) -> Run:
+    """The run of a slice, with so many sequences a GPU."""
     stages = ("pretrain",) if name == "a315m" else ("phase1", "phase2")
-    batch = [f"stages.{stage}.global_batch_size={2 * world_size}" for stage in stages]
+    batch = [f"stages.{stage}.global_batch_size={sequences * world_size}" for stage in stages]
     recipe, origins = compose([*SLICES[name], "parallel=single", *batch, *overrides])
     return resolve(recipe, world_size, origins)
 

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--loops", default="ours,peer")
     parser.add_argument("--steps", type=int, default=10, help="timed steps a turn")
     parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--sequences", type=int, default=2, help="a GPU and step")
     parser.add_argument("--balanced", action="store_true", help="every expert gets as many tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
     parser.add_argument("--profile", type=Path, help="folder for the kernels of one step")
@@ -38,7 +39,7 @@ def main() -> None:
     device, peak = in_fresh_process(matmul_rate)
     results = {}
     for name in options.slices.split(","):
-        run = slice_run(name, options.overrides)
+        run = slice_run(name, options.overrides, sequences=options.sequences)
         turns: dict[str, list[Timing]] = {loop: [] for loop in options.loops.split(",")}
         for turn in range(options.turns):
             for loop, measured in turns.items():

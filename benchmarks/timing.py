@@ -1,17 +1,19 @@
-"""How a training loop is timed: a process a case, warm-up steps, then each step by itself."""
+"""How a training loop is timed: a process a case, warm-up steps, then all steps between two synchronisations."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from slices import Place, open_gpu, random_batches
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from nemotron3_megatron.config.run import Run
@@ -20,18 +22,20 @@ from nemotron3_megatron.parallel.groups import start_groups
 from nemotron3_megatron.plan.counts import flops_per_token
 from nemotron3_megatron.platform import Platform
 from nemotron3_megatron.train.build import build_trainer
+from nemotron3_megatron.train.garbage import collected_between_steps
 from nemotron3_megatron.train.step import train_step
 
 WARMUP_STEPS = 4
-Step = Callable[[list[MicroBatch]], float]
+Step = Callable[[list[MicroBatch]], Any]
+"""One optimizer step -> the loss, a number or a tensor of one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
     """What one process measured."""
 
-    seconds: list[float]
-    """Of each timed step."""
+    seconds: float
+    """Of a timed step, on average."""
     first_s: float
     """From the start of building to the end of the first step."""
     loss: float
@@ -56,33 +60,36 @@ def time_steps(
     """
     place = place or Place()
     started = time.perf_counter()
-    seconds: list[float] = []
     platform = open_gpu(place)
     step, backend = _step_of(loop, run, platform, balanced)
-    for number in range(WARMUP_STEPS + steps):
-        batches = random_batches(run, number, place.rank)
+    batches = [random_batches(run, number, place.rank) for number in range(WARMUP_STEPS + steps)]
+    step(batches[0])
+    platform.synchronize()
+    first = time.perf_counter() - started
+    with collected_between_steps() if loop == "ours" else nullcontext():
+        for batch in batches[1:WARMUP_STEPS]:
+            step(batch)
         platform.synchronize()
         begin = time.perf_counter()
-        loss = step(batches)
+        for batch in batches[WARMUP_STEPS:]:
+            loss = step(batch)
         platform.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        if number == 0:
-            first = time.perf_counter() - started
+    seconds = (time.perf_counter() - begin) / steps
     peak = torch.cuda.max_memory_allocated() / 2**30
     if report is not None:
-        _profile(step, random_batches(run, 99, place.rank), platform, report)
+        _profile(step, batches[-2:], platform, report)
     torch.distributed.destroy_process_group()
-    return Timing(seconds[WARMUP_STEPS:], first, loss, peak, backend)
+    return Timing(seconds, first, float(loss), peak, backend)
 
 
 def summary(run: Run, turns: list[Timing]) -> dict[str, Any]:
-    """Medians over all turns' steps; ``run`` gives tokens and model FLOPs."""
-    seconds = statistics.median(second for turn in turns for second in turn.seconds)
+    """Means over turns; ``run`` gives tokens and model FLOPs."""
+    seconds = statistics.mean(turn.seconds for turn in turns)
     stage = run.stages[0]
     rate = stage.tokens_per_step / seconds / run.layout.world_size
     return {
         "step_ms": 1e3 * seconds,
-        "turns_ms": [1e3 * statistics.median(turn.seconds) for turn in turns],
+        "turns_ms": [1e3 * turn.seconds for turn in turns],
         "tokens_per_s_per_gpu": rate,
         "model_tflops": rate * flops_per_token(run.model, stage.seq_length) / 1e12,
         "first_s": [turn.first_s for turn in turns],
@@ -105,26 +112,31 @@ def _step_of(loop: str, run: Run, platform: Platform, balanced: bool) -> tuple[S
     return lambda batches: train_step(trainer, batches, run.stages[0], 1e-4).losses[0], trainer.backend
 
 
-def _profile(step: Step, batches: list[MicroBatch], platform: Platform, report: Path) -> None:
-    """Kernels of one step by time, and the GPU's idle share between its first and its last."""
+def _profile(step: Step, batches: Sequence[list[MicroBatch]], platform: Platform, report: Path) -> None:
+    """Kernels of some steps by time, and where the GPU had nothing to do between their first and their last."""
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        step(batches)
+        for batch in batches:
+            step(batch)
         platform.synchronize()
     kernels = sorted(
         (e.time_range.start, e.time_range.end, e.name)
         for e in profiler.events() or []
-        if e.device_type == torch.autograd.DeviceType.CUDA
+        if e.device_type == DeviceType.CUDA and e.time_range.end > e.time_range.start
     )
-    busy, reached = 0.0, kernels[0][0]
+    gaps: list[tuple[float, str]] = []
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
+    reached, before = kernels[0][0], ""
     for start, end, name in kernels:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+        if start > reached:
+            gaps.append((start - reached, f"{before[:60]} .. {name[:60]}"))
+        if end > reached:
+            reached, before = end, name
         times[name] += end - start
         counts[name] += 1
-    whole = reached - kernels[0][0]
-    lines = [f"{len(kernels)} kernels, busy {busy / 1e3:.1f} of {whole / 1e3:.1f} ms, idle {1 - busy / whole:.1%}"]
-    lines += [f"{time_us / 1e3:9.2f} ms {counts[name]:5d}  {name[:150]}" for name, time_us in times.most_common(60)]
+    idle, whole = sum(length for length, _ in gaps), reached - kernels[0][0]
+    lines = [f"{len(batches)} steps, {len(kernels)} kernels, {whole / 1e3:.1f} ms, idle {idle / whole:.1%}"]
+    lines += [f"{time_us / 1e3:9.2f} ms {counts[name]:5d}  {name[:150]}" for name, time_us in times.most_common(50)]
+    lines += [f"{length / 1e3:9.2f} ms idle  {where}" for length, where in sorted(gaps, reverse=True)[:30]]
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text("\n".join(lines) + "\n")

@@ -13,7 +13,7 @@ from data_prep.filters import filters
 from data_prep.inputs import FileRecord, InputFile
 from data_prep.readers import Keys
 from data_prep.recipe import PreparationRecipe
-from data_prep.splits import Losses, documents, split_of
+from data_prep.splits import Losses, documents, side
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.data.tokenizer import HuggingFaceTokenizer
 
@@ -58,7 +58,7 @@ def train_bpe(
 def training_fingerprint(recipe: PreparationRecipe, files: Sequence[InputFile]) -> str:
     """Changes with everything that the trained tokenizer depends on."""
     parts = [asdict(part) for part in (recipe.tokenizer, recipe.filters)]
-    settings = [*parts, recipe.validation_fraction, recipe.input.text_field, recipe.on_error]
+    settings = [*parts, recipe.validation_fraction, recipe.validation_by, recipe.input.text_field, recipe.on_error]
     inputs = [(record.name, record.sha256) for record in map(FileRecord.of, files)]
     return hashlib.sha256(json.dumps([settings, inputs]).encode()).hexdigest()[:16]
 
@@ -72,11 +72,11 @@ def _training_text(
     for step in filters(recipe.filters):
         texts = step(texts)
     for document in texts:
-        text = document.text.encode()
-        if split_of(text, recipe.validation_fraction) == "train":
+        if side(document, recipe) == "train":
             yield document.text
-            advance(len(text))
-            left -= len(text)
+            size = len(document.text.encode())
+            advance(size)
+            left -= size
             if left <= 0:
                 return
 
@@ -85,4 +85,4 @@ def _all(recipe: PreparationRecipe, files: Sequence[InputFile]) -> Iterator[Docu
     for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest()):
         # Losses are counted where tokens are made, which reads the same files again.
         for document in documents(file, Keys(recipe.input.text_field), recipe.on_error, Losses()):
-            yield Document(document.text, document.where)
+            yield Document(document.text, document.where, metadata={"file": file.name})

@@ -63,6 +63,12 @@ def _check_long(recipe: PreparationRecipe) -> None:
     long = recipe.long
     if long is None:
         return
+    if recipe.validation_by == "repository" and long.kind != "repositories":
+        raise UserError(
+            "validation_by=repository",
+            why=f"long.kind={long.kind} puts documents of any repository together",
+            nearest="validation_by=document, or long.kind=repositories",
+        )
     if not long.lengths:
         raise UserError("long.lengths=[]", nearest="long.lengths=[131072]")
     synthetic = long.kind in _SYNTHETIC

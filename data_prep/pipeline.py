@@ -14,11 +14,12 @@ from datatrove.pipeline.base import PipelineStep
 from data_prep.dedup import dedup
 from data_prep.filters import filters
 from data_prep.inputs import InputFile, group
-from data_prep.long.step import LongDocuments, repository_of_file
+from data_prep.long.step import LongDocuments
 from data_prep.manifest import finish
 from data_prep.readers import Keys
 from data_prep.recipe import PreparationRecipe
 from data_prep.shard import ShardTask
+from data_prep.splits import repository_of_file
 from data_prep.stage import Stage, progress_directory
 from data_prep.steps import ReadShard, WriteShard
 from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -82,7 +83,7 @@ def stages(recipe: PreparationRecipe, tasks: Sequence[ShardTask], tokenizer_file
     steps = [*reading(logs / "tokens"), *copies.steps]
     if recipe.long is not None:
         steps.append(LongDocuments(recipe.long, tokenizer_file, recipe.validation_fraction, recipe.on_error))
-    write = WriteShard(tasks, steps[0], steps[1:], tokenizer_file, recipe.validation_fraction)
+    write = WriteShard(tasks, steps[0], steps[1:], tokenizer_file, recipe)
     return [
         *copies.stages,
         Stage("tokens", (*steps, write), len(tasks), logs / "tokens", reads=True),

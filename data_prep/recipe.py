@@ -133,6 +133,9 @@ class PreparationRecipe:
     validation_fraction: float = 0.0
     """Share of the documents (of repositories: whole ones) held out, chosen by a hash of their text (or name), so
     copies fall on the same side. Long documents are made of documents of one side."""
+    validation_by: Literal["document", "repository"] = "document"
+    """repository: hold out all files of a repository (the first directory below input.paths) or none, as
+    long.kind=repositories always does, by the same hash: what one of two such preparations holds out, both do."""
     on_error: Policy = "stop"
     """What to do with input that cannot be read: stop, or leave it out and report it."""
     shard_bytes: int = 64_000_000

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from datatrove.data import Document as Text
+
 from data_prep.inputs import InputFile
 from data_prep.readers import Defect, Document, Keys, read
-from data_prep.recipe import Policy
+from data_prep.recipe import Policy, PreparationRecipe
 from nemotron3_megatron.config.errors import UserError
 
 Split = Literal["train", "validation"]
@@ -43,6 +45,18 @@ def split_of(text: bytes, validation_fraction: float) -> Split:
         return "train"
     draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
     return "validation" if draw < validation_fraction * 2**64 else "train"
+
+
+def side(document: Text, recipe: PreparationRecipe) -> Split:
+    """The side of a document whose ``metadata`` has the name of its ``file``: by its text, or by its repository."""
+    whole = recipe.validation_by == "repository"
+    decides = repository_of_file(document.metadata["file"]) if whole else document.text
+    return split_of(decides.encode(), recipe.validation_fraction)
+
+
+def repository_of_file(name: str) -> str:
+    """The first directory of a file's path below the entry of ``input.paths`` that it was found by."""
+    return name.split("/", 1)[0] if "/" in name else ""
 
 
 def documents(file: InputFile, keys: Keys, policy: Policy, losses: Losses) -> Iterator[Document]:

@@ -16,9 +16,9 @@ from data_prep.filters import dropped
 from data_prep.indexed import IndexedWriter, token_dtype
 from data_prep.progress import Progress
 from data_prep.readers import Keys
-from data_prep.recipe import Policy
+from data_prep.recipe import Policy, PreparationRecipe
 from data_prep.shard import ShardTask, SplitCount, complete
-from data_prep.splits import SPLITS, Losses, Split, documents, split_of
+from data_prep.splits import SPLITS, Losses, Split, documents, side
 from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 _BATCH_BYTES = 1_000_000
@@ -78,7 +78,7 @@ class WriteShard(PipelineStep):  # type: ignore[misc]
         reader: ReadShard,
         counted: Sequence[PipelineStep],
         tokenizer: Path,
-        validation_fraction: float,
+        recipe: PreparationRecipe,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
@@ -86,7 +86,7 @@ class WriteShard(PipelineStep):  # type: ignore[misc]
         self.counted = tuple(counted)
         """Steps whose dropped documents go into the record."""
         self.tokenizer = tokenizer
-        self.validation_fraction = validation_fraction
+        self.recipe = recipe
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
         """Use up ``data``."""
@@ -94,9 +94,8 @@ class WriteShard(PipelineStep):  # type: ignore[misc]
         tokenizer = load_tokenizer(self.tokenizer)
         writers = {split: _SplitWriter(task, split, tokenizer) for split in SPLITS}
         for document in data:
-            text = document.text.encode()
-            split = document.metadata.get("split") or split_of(text, self.validation_fraction)
-            writers[split].add(document, len(text))
+            split = document.metadata.get("split") or side(document, self.recipe)
+            writers[split].add(document, len(document.text.encode()))
         counts = np.stack([writers[split].finish() for split in SPLITS])
         with task.partial("counts.npy").open("wb") as stream:
             np.save(stream, counts)

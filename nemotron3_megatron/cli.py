@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         parsed = _parser(arguments[0], verb).parse_intermixed_args(arguments[1:])
         run = verb.search if verb.search is not None and parsed.search else verb.run
+        if verb.gpu is not None and parsed.gpu:
+            return verb.gpu(parsed.overrides, parsed.json)
         if verb.dry_run is not None and parsed.dry_run:
             return verb.dry_run(parsed.overrides)
         if verb.simulate is not None and (parsed.simulate or parsed.ranks is not None):
@@ -61,6 +63,8 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     instead = parser.add_mutually_exclusive_group() if verb.search is not None else parser
     if verb.search is not None:
         instead.add_argument("--search", action="store_true", help="find the fastest layouts that fit the GPUs")
+    if verb.gpu is not None:
+        parser.add_argument("--gpu", action="store_true", help="check this machine's GPUs: kernels and speeds")
     if verb.dry_run is not None:
         parser.add_argument("--dry-run", action="store_true", help="print the job's script and have Slurm check it")
     if verb.simulate is not None:

@@ -29,6 +29,8 @@ class Verb:
     """With ``--simulate``, in place of ``run``; takes ``--ranks``, too."""
     dry_run: Callable[[list[str]], int] | None = None
     """With ``--dry-run``, in place of ``run``."""
+    gpu: Callable[[list[str], bool], int] | None = None
+    """With ``--gpu``, in place of ``run``."""
 
 
 def _plan(overrides: list[str], as_json: bool) -> int:
@@ -98,10 +100,22 @@ def _plan_page(overrides: list[str], file: str) -> None:
 def _doctor(overrides: list[str], as_json: bool) -> int:
     from nemotron3_megatron.platform.doctor import run_doctor
 
-    if overrides:
-        raise UserError(overrides[0], where="command line", why="doctor takes no values", nearest="nemotron3 doctor")
+    _take_no_values(overrides)
     status: int = run_doctor(as_json)
     return status
+
+
+def _gpu_doctor(overrides: list[str], as_json: bool) -> int:
+    from nemotron3_megatron.platform.checks.gpu_doctor import run_gpu_doctor
+
+    _take_no_values(overrides)
+    status: int = run_gpu_doctor(as_json, None if sys.stdout.isatty() else PIPE_WIDTH)
+    return status
+
+
+def _take_no_values(overrides: list[str]) -> None:
+    if overrides:
+        raise UserError(overrides[0], where="command line", why="doctor takes no values", nearest="nemotron3 doctor")
 
 
 def _report(overrides: list[str], _as_json: bool) -> int:
@@ -206,8 +220,10 @@ VERBS = {
     "doctor": Verb(
         _doctor,
         "report versions, devices, and which optional packages are missing and what that costs",
-        "nemotron3 doctor [--json]",
+        "nemotron3 doctor [--json]\n"
+        "nemotron3 doctor --gpu [--json]        kernels against float64, speeds against data sheets; 1: a check failed",
         has_json=True,
+        gpu=_gpu_doctor,
     ),
     "report": Verb(
         _report,
@@ -233,7 +249,7 @@ VERBS = {
     "nll": Verb(
         _nll,
         "measure how well a checkpoint predicts tokens by their position in long documents",
-        "nemotron3 nll checkpoint=DIR data=PREFIX seq_length=N [windows=64] [out=DIR]\n"
+        "nemotron3 nll checkpoint=DIR data=PREFIX seq_length=N [windows=64] [contexts=[256,4096]] [out=DIR]\n"
         "Writes position_nll.json and position_nll.png into the run directory, or into out.",
     ),
     "checkpoint": Verb(

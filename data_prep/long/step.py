@@ -12,7 +12,7 @@ from datatrove.pipeline.base import PipelineStep
 from data_prep.long.pack import Packed, Packer, QuestionPacker, TextPacker
 from data_prep.long.repositories import repository_documents
 from data_prep.recipe import LongConfig, Policy
-from data_prep.splits import SPLITS, split_of
+from data_prep.splits import SPLITS, repository_of_file, split_of
 from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -73,11 +73,6 @@ class LongDocuments(PipelineStep):  # type: ignore[misc]  # datatrove is not typ
     def _path(self, document: Document) -> str:
         in_record = self.config.repository_field is not None
         return str(document.metadata[self.config.path_field] if in_record else document.metadata["file"])
-
-
-def repository_of_file(name: str) -> str:
-    """The first directory of a file's path below the entry of ``input.paths`` that it was found by."""
-    return name.split("/", 1)[0] if "/" in name else ""
 
 
 def _document(packed: Packed, split: str, where: str) -> Document:

@@ -14,7 +14,7 @@ from nemotron3_megatron.config.duration import EACH_STEP, EVERY_10_STEPS, EVERY_
 from nemotron3_megatron.precision.policy import Format, Policy
 
 GpuName = Literal["h100", "h200", "b200", "b300", "gb200", "gb300"]
-"""GPUs whose limits planning knows (``plan.hardware``)."""
+"""GPUs whose limits planning knows (``accelerators``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

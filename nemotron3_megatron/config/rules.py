@@ -182,6 +182,12 @@ def experts(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
             "flex needs CUDA and tp*ep > 1",
             "parallel.moe_token_dispatcher_type=alltoall",
         )
+    if parallel.moe_token_dispatcher_type == "allgather" and parallel.etp > 1:
+        yield Violation(
+            ("parallel.moe_token_dispatcher_type", "parallel.etp"),
+            "allgather gathers over the ranks that hold whole experts",
+            "parallel.etp=1, or parallel.moe_token_dispatcher_type=alltoall",
+        )
 
 
 def tensor_parallel(recipe: Recipe, _world_size: int) -> Iterator[Violation]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from nemotron3_megatron.platform.transfer import send
 
 FEWEST_DOCUMENTS = 16
 """That :meth:`MicroBatch.boundaries` has room for."""
@@ -30,6 +32,8 @@ class MicroBatch:
     """(b, s) int64; restarts at 0 in each document when isolated."""
     documents: Tensor
     """(b, s) int32, non-decreasing along s: index of the token's document in its sequence; 0 if not isolated."""
+    tags: Tensor | None = None
+    """(b, t) bool: which of the data's t tags the source of each sequence has; None: losses are not told apart."""
 
     def boundaries(self) -> Tensor:
         """(n + 1,) int32 cumulative lengths of the documents, rows end to end, from 0 to all tokens.
@@ -62,7 +66,8 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on ``device``."""
-        return self._map(lambda x: x.to(device))
+        there = self._map(lambda x: send(x, torch.device(device)))
+        return there if self.tags is None else replace(there, tags=send(self.tags, torch.device(device)))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
         return MicroBatch(
@@ -71,6 +76,7 @@ class MicroBatch:
             loss_mask=function(self.loss_mask),
             position_ids=function(self.position_ids),
             documents=function(self.documents),
+            tags=self.tags,
         )
 
 

@@ -10,6 +10,9 @@ from nemotron3_megatron.config.recipe import DataConfig
 from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.data.blend import Blend
 
+UNTAGGED = "untagged"
+"""The tag of sources without one, where others have one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -59,3 +62,10 @@ def planned_tokens(run: Run, blends: Mapping[str | None, Blend]) -> dict[str, Fr
     for reading in planned(run, blends):
         tokens[reading.source] = tokens.get(reading.source, Fraction(0)) + reading.tokens
     return tokens
+
+
+def tags_of(data: DataConfig) -> tuple[str, ...]:
+    """The tags by which losses are told apart, of training and validation sources; none where all have the same."""
+    sources = (*data.sources.values(), *data.validation.values())
+    found = tuple(dict.fromkeys(source.tag or UNTAGGED for source in sources))
+    return found if len(found) > 1 else ()

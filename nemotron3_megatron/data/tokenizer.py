@@ -85,7 +85,7 @@ class HuggingFaceTokenizer:
             )
         return cls(tokenizer, ids[0])
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1

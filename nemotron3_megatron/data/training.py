@@ -12,19 +12,20 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import SourceConfig
 from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
 from nemotron3_megatron.data.blend import Blend
-from nemotron3_megatron.data.composition import blends_of, planned_tokens
+from nemotron3_megatron.data.composition import UNTAGGED, blends_of, planned_tokens, tags_of
 from nemotron3_megatron.data.content import Content
 from nemotron3_megatron.data.position import Position, Sample
 from nemotron3_megatron.data.source import Source, open_sources
@@ -43,6 +44,8 @@ class Reader:
     dp_size: int
     cp_rank: int
     cp_size: int
+    tags: Mapping[str, Tensor]
+    """By source (t,) bool: which of ``tags_of`` it has; empty where there are none."""
 
     @classmethod
     def open(
@@ -68,6 +71,7 @@ class Reader:
             dp_size=dp_size,
             cp_rank=cp_rank,
             cp_size=cp_size,
+            tags=_tags(configs, tags_of(data)),
         )
 
     def read(self, shape: Shape, samples: list[Sample]) -> list[MicroBatch]:
@@ -89,7 +93,14 @@ class Reader:
             eod_token=self.eod_token,
             isolate_documents=[self.sources[name].isolate_documents for name, _ in samples],
         )
-        return batch.shard(self.cp_rank, self.cp_size)
+        tags = torch.stack([self.tags[name] for name, _ in samples]) if self.tags else None
+        return replace(batch, tags=tags).shard(self.cp_rank, self.cp_size)
+
+
+def _tags(configs: Mapping[str, SourceConfig], tags: tuple[str, ...]) -> dict[str, Tensor]:
+    if not tags:
+        return {}
+    return {name: torch.tensor([tag == (config.tag or UNTAGGED) for tag in tags]) for name, config in configs.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
+
+from nemotron3_megatron.model.documents import document_starts
+
+SCORE_BYTES = 256 * 2**20
+"""Queries are taken in blocks whose scores, in float32, would fill so much (the kernels make less or none of them, but
+the mask of a block is real). Short sequences are one block."""
 
 
 def document_params(documents: Tensor, boundaries: Tensor | None = None) -> PackedSeqParams:
@@ -31,12 +38,20 @@ def document_params(documents: Tensor, boundaries: Tensor | None = None) -> Pack
     return PackedSeqParams(qkv_format="sbhd", seq_idx=documents.to(torch.int32), cu_seqlens_q=boundaries)
 
 
-def zigzag_positions(length: int, cp_rank: int, cp_size: int, device: torch.device) -> Tensor:
-    """Global positions (S,) of the tokens that a context-parallel rank holds; length is G."""
+def zigzag_slices(length: int, cp_rank: int, cp_size: int) -> tuple[tuple[int, int], ...]:
+    """The one or two slices [first, end) of the whole sequence that a rank holds, in the order it holds them."""
+    if cp_size == 1:
+        return ((0, length),)
     if length % (2 * cp_size):
         raise ValueError(f"sequence length {length} is not divisible by 2 * cp = {2 * cp_size}")
-    chunks = torch.arange(length, device=device).chunk(2 * cp_size)
-    return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+    chunk = length // (2 * cp_size)
+    return tuple((index * chunk, (index + 1) * chunk) for index in (cp_rank, 2 * cp_size - 1 - cp_rank))
+
+
+def zigzag_positions(length: int, cp_rank: int, cp_size: int, device: torch.device) -> Tensor:
+    """Global positions (S,) of the tokens that a context-parallel rank holds; length is G."""
+    slices = zigzag_slices(length, cp_rank, cp_size)
+    return torch.cat([torch.arange(first, end, device=device) for first, end in slices])
 
 
 def whole_documents(documents: Tensor, cp_group: ProcessGroup) -> Tensor:
@@ -76,7 +91,8 @@ class DocumentAttention(nn.Module):
     """``core_attention`` over scaled-dot-product attention.
 
     With context parallelism, keys and values are gathered over the group: memory for them grows with the whole
-    sequence while queries and scores stay local.
+    sequence while queries stay local. Memory is linear in the sequence: where documents or ranks need a mask, queries
+    go in blocks (``SCORE_BYTES``), whose masks are made anew in the backward pass.
     """
 
     def __init__(
@@ -110,22 +126,66 @@ class DocumentAttention(nn.Module):
         if cp_size > 1:
             key = gather_sequence(key, self.cp_group)
             value = gather_sequence(value, self.cp_group)
-        mask = self._mask(query, key.shape[0], packed_seq_params)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        if cp_size == 1 and packed_seq_params is None:
+            out = _attend(q, k, v, None, self.scale)
+        else:
+            slices = zigzag_slices(key.shape[0], self.cp_group.rank(), cp_size)
+            starts = None if packed_seq_params is None else document_starts(packed_seq_params.seq_idx)
+            out = attention_in_blocks(q, k, v, starts, slices, self.scale)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    def _mask(self, query: Tensor, length: int, packed: PackedSeqParams | None) -> Tensor | None:
-        """Allowed (query, key) pairs as (B or 1, 1, S, G) bool; None where plain causal attention suffices."""
-        cp_size = self.cp_group.size()
-        if cp_size == 1 and packed is None:
-            return None
-        positions = torch.arange(length, device=query.device)
-        mine = zigzag_positions(length, self.cp_group.rank(), cp_size, query.device) if cp_size > 1 else positions
-        allowed = (mine[:, None] >= positions[None, :])[None]
-        if packed is not None:
-            documents = packed.seq_idx
-            allowed = allowed & (documents[:, mine, None] == documents[:, None, :])
-        return allowed[:, None]
+
+def attention_in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor | None,
+    slices: tuple[tuple[int, int], ...],
+    scale: float | None = None,
+    limit_bytes: int = SCORE_BYTES,
+) -> Tensor:
+    """Causal attention of some queries to a whole sequence, block by block of queries.
+
+    Args:
+        q: (B, N, S, D).
+        k, v: (B, K, G, D).
+        starts: (B, G) first position of each position's document; None: one document.
+        slices: [first, end) of the whole sequence that q's rows are, one after the other.
+        scale: of the scores; None: 1 / sqrt(D).
+        limit_bytes: see ``SCORE_BYTES``.
+
+    Returns:
+        (B, N, S, D).
+    """
+    rows = max(limit_bytes // (4 * q.shape[0] * q.shape[1] * k.shape[2]), 1)
+    blocks = [(at, min(at + rows, end)) for first, end in slices for at in range(first, end, rows)]
+    # A document's start never decreases along the sequence: a block's first query sees furthest back.
+    lows = [0] * len(blocks) if starts is None else starts[:, [first for first, _ in blocks]].amin(0).tolist()
+    outputs, done = [], 0
+    for (first, end), low in zip(blocks, lows, strict=True):
+        mine = q[:, :, done : done + end - first]
+        begins = None if starts is None else starts[:, first:end]
+        arguments = (mine, k[:, :, low:end], v[:, :, low:end], begins, first, low, scale)
+        if len(blocks) == len(slices):
+            outputs.append(_block(*arguments))
+        else:
+            outputs.append(checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False))
+        done += end - first
+    return torch.cat(outputs, dim=2)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, begins: Tensor | None, first: int, low: int, scale: float | None) -> Tensor:
+    """Queries from position ``first`` to keys from position ``low``; begins (B, rows) of the queries' documents."""
+    keys = torch.arange(low, low + k.shape[2], device=q.device)
+    allowed = (keys[first - low :, None] >= keys)[None]
+    if begins is not None:
+        allowed = allowed & (keys >= begins[:, :, None])
+    return _attend(q, k, v, allowed[:, None], scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float | None) -> Tensor:
+    """``allowed`` (B or 1, 1, rows, keys) pairs; None: causal."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )

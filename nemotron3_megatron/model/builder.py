@@ -10,6 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.experts import gathers_tokens, keeps_counts_on_device
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.model.hybrid import Nemotron3Model
@@ -59,6 +60,7 @@ def build_model(
             vp_stage=stage,
         )
         _let_repeated_layers_add_up(chunk)
+        _prepare_grouped_linears(chunk, announce_gradients=run.parallel.overlap_grad_reduce)
         _keep_float32(chunk)
         chunk.to(platform.device)
         _initialize(chunk, run, groups)
@@ -83,36 +85,27 @@ def check_supported(run: Run, platform: Platform, implementation: Spec) -> None:
             why="its kernels (DeepEP, HybridEP) run on CUDA only",
             nearest="parallel.moe_token_dispatcher_type=alltoall",
         )
-    if implementation == "te" and run.layout.cp > 1 and run.data.isolate_documents:
+    wanted = [module for module in run.parallel.recompute_modules if module in ("moe_act", "layernorm")]
+    if implementation == "torch" and wanted:
         raise UserError(
-            f"parallel.cp={run.layout.cp} with data.isolate_documents=true",
-            why="the te spec's attention cannot isolate documents across context-parallel ranks",
-            nearest="model.spec=torch, or data.isolate_documents=false",
+            f"parallel.recompute_modules=[{', '.join(wanted)}]",
+            why="Megatron-Core recomputes them by Transformer Engine, which the torch spec does without",
+            nearest="parallel.recompute_modules=[moe]",
         )
 
 
 def stack_spec(run: Run, implementation: Spec, backend: Backend) -> ModuleSpec:
     """The hybrid stack in the given implementation (imported on demand: ``te`` needs its packages)."""
-    model = run.model
+    model, gathers = run.model, gathers_tokens(run)
     if implementation == "te":
         from nemotron3_megatron.model.specs.te import te_stack_spec
 
-        device_counts = keeps_counts_on_device(run, backend)
-        return te_stack_spec(model.mamba_chunk_size, model.num_moe_experts, device_counts=device_counts)
+        device_counts = keeps_counts_on_device(run, native=backend == "native")
+        experts = model.num_moe_experts
+        return te_stack_spec(model.mamba_chunk_size, experts, device_counts=device_counts, gathers=gathers)
     from nemotron3_megatron.model.specs.torch import torch_stack_spec
 
-    return torch_stack_spec(model.mamba_chunk_size)
-
-
-def keeps_counts_on_device(run: Run, backend: Backend) -> bool:
-    """Whether the te spec's experts read their token counts on the GPU (``model/device_counts.py``).
-
-    Native kernels take them from the CPU.
-    """
-    quantised = any(row.format != "bf16" for row in run.precision_plan.rows if row.role.startswith("moe.experts"))
-    whole = run.layout.etp == 1
-    plain = run.parallel.moe_token_dispatcher_type == "alltoall" and "moe_act" not in run.parallel.recompute_modules
-    return whole and plain and run.precision.dtype == "bf16" and (not quantised or backend == "emulated")
+    return torch_stack_spec(model.mamba_chunk_size, gathers=gathers)
 
 
 def model_sharded_state(chunk: Nemotron3Model, groups: ProcessGroupCollection) -> ShardedStateDict:
@@ -130,6 +123,14 @@ def _let_repeated_layers_add_up(chunk: Nemotron3Model) -> None:
         for module in chunk.mtp.modules():
             if hasattr(module, "disable_parameter_transpose_cache"):
                 module.disable_parameter_transpose_cache = True
+
+
+def _prepare_grouped_linears(chunk: Nemotron3Model, *, announce_gradients: bool) -> None:
+    """See ``DeviceCountsLinear``."""
+    for module in chunk.modules():
+        if hasattr(module, "announces_gradients"):
+            module.announces_gradients = announce_gradients
+            module.list_weights_backwards()
 
 
 def _keep_float32(chunk: nn.Module) -> None:

@@ -17,11 +17,11 @@ import torch
 from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
 from megatron.core.fusions.fused_weighted_squared_relu import weighted_squared_relu_impl
 from megatron.core.transformer.moe.experts import TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
-from nemotron3_megatron.model.wgrad import add_weight_gradients
+from nemotron3_megatron.model.moe_parts import MoELayerInParts
+from nemotron3_megatron.model.wgrad import add_weight_gradients, placeholder, spacing
 
 
 class DeviceCountsDispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
@@ -47,7 +47,7 @@ class DeviceCountsDispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
         return hidden_states
 
 
-class DeviceCountsMoELayer(MoELayer):  # type: ignore[misc]
+class DeviceCountsMoELayer(MoELayerInParts):
     """Megatron-Core's layer with :class:`DeviceCountsDispatcher`."""
 
     def __init__(self, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
@@ -76,11 +76,21 @@ class DeviceCountsLinear:
 
     takes_ends = True
     """Cumulative counts, where Megatron-Core's linears take counts."""
+    announces_gradients = True
+    """To DDP's hooks, through autograd, an expert at a time: only a reduction beside the backward pass needs that."""
+
+    def list_weights_backwards(self: Any) -> None:
+        """DDP lays parameters out from the last to the first: then the first expert comes first, and the weights of all
+        are one tensor without a copy."""
+        for i in reversed(range(self.num_gemms)):
+            self._parameters[f"weight{i}"] = self._parameters.pop(f"weight{i}")
 
     def forward(self: Any, x: Tensor, ends: Tensor) -> tuple[Tensor, None]:
         """Rows (T, K) and the cumulative counts (E,) int32 -> (T, N)."""
-        weights = [self.get_parameter(f"weight{i}") for i in range(self.num_gemms)]
-        y: Tensor = _GroupedProduct.apply(x, ends, self.fuse_wgrad_accumulation, *weights)  # type: ignore[no-untyped-call]
+        weights = tuple(self._parameters[f"weight{i}"] for i in range(self.num_gemms))
+        fused = self.fuse_wgrad_accumulation
+        silent = fused and not self.announces_gradients and x.requires_grad
+        y: Tensor = _GroupedProduct.apply(x, ends, fused, weights, *(() if silent else weights))  # type: ignore[no-untyped-call]
         return y, None
 
 
@@ -96,9 +106,12 @@ class _GroupedProduct(torch.autograd.Function):
     """Y = X Wᵀ by expert; dX = dY W; dW = dYᵀ X."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ends: Tensor, fused: bool, *weights: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, ends: Tensor, fused: bool, weights: Sequence[nn.Parameter], *announced: nn.Parameter
+    ) -> Tensor:
+        """``announced``: the weights, or none of them where autograd shall not know their gradients."""
         ctx.save_for_backward(x, ends)
-        ctx.fused, ctx.weights = fused, weights
+        ctx.fused, ctx.weights, ctx.announced = fused, weights, len(announced)
         return torch._grouped_mm(x, _stacked(weights).transpose(1, 2), offs=ends)
 
     @staticmethod
@@ -106,15 +119,22 @@ class _GroupedProduct(torch.autograd.Function):
         x, ends = ctx.saved_tensors
         dy = gradients[0].contiguous()
         dx = torch._grouped_mm(dy, _stacked(ctx.weights), offs=ends) if ctx.needs_input_grad[0] else None
-        dw: Sequence[Tensor | None] = [None] * len(ctx.weights)
-        if any(ctx.needs_input_grad[3:]):
-            dw = torch._grouped_mm(dy.t(), x, offs=ends).unbind()
+        dw: Sequence[Tensor | None] = [None] * ctx.announced
+        if any(ctx.needs_input_grad[4:]) or not ctx.announced:
+            product = torch._grouped_mm(dy.t(), x, offs=ends)
             if ctx.fused:
-                dw = add_weight_gradients(dw, ctx.weights)
-        return dx, None, None, *dw
+                add_weight_gradients(product, ctx.weights)
+                dw = [placeholder(weight) for weight in ctx.weights[: ctx.announced]]
+            else:
+                dw = product.unbind()
+        return dx, None, None, None, *dw
 
 
 def _stacked(weights: Sequence[nn.Parameter]) -> Tensor:
-    """(E, N, K), made anew for each product: a copy at memory bandwidth, and all layers' copies would be as large as
-    the experts themselves."""
-    return torch.stack([weight.detach() for weight in weights])
+    """(E, N, K): a view of DDP's buffer, or where weights are elsewhere a copy, made anew for each product (all layers'
+    copies would be as large as the experts themselves)."""
+    distance = spacing(weights)
+    if distance is None or distance < weights[0].numel():
+        return torch.stack([weight.detach() for weight in weights])
+    first = weights[0].detach()
+    return first.as_strided((len(weights), *first.shape), (distance, *first.stride()))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nemotron3_megatron.model.gated_norm import GatedRMSNorm
 from nemotron3_megatron.model.mamba2 import mamba2_mix
+from nemotron3_megatron.model.mamba_parts import MixWeights, mix_in_parts
+from nemotron3_megatron.model.parts import LARGEST_INDEX, scan_parts, tokens_at_a_time
 
 MAMBA_NORM_EPSILON = 1e-5
 """Epsilon of the gated norm, fixed in Megatron-Core's mixer (core/ssm/mamba_mixer.py)."""
@@ -41,8 +43,13 @@ class DocumentMambaMixer(MambaMixer):  # type: ignore[misc]
         whole = self.cp.pre_conv_ssm(projected).transpose(0, 1).contiguous()
         documents = None if packed_seq_params is None else packed_seq_params.seq_idx
         mixed = self.mix(whole, documents).transpose(0, 1).contiguous()
-        output: tuple[Tensor, Tensor | None] = self.out_proj(self.norm(self.cp.post_conv_ssm(mixed)))
+        output: tuple[Tensor, Tensor | None] = self.out_proj(self._normed(self.cp.post_conv_ssm(mixed)))
         return output
+
+    def _normed(self, mixed: Tensor) -> Tensor:
+        """(S, B, inner) -> the same, in as many calls as the norm's indices need (``parts.LARGEST_INDEX``)."""
+        rows = tokens_at_a_time(mixed.shape[0], mixed[0].numel(), LARGEST_INDEX)
+        return torch.cat([self.norm(part) for part in mixed.split(rows)]) if rows < len(mixed) else self.norm(mixed)
 
     @abstractmethod
     def mix(self, zxbcdt: Tensor, documents: Tensor | None) -> Tensor:
@@ -86,21 +93,32 @@ class FusedMambaMixer(DocumentMambaMixer):
     """The mixer on mamba-ssm's fused Triton and causal-conv1d kernels: CUDA."""
 
     def mix(self, zxbcdt: Tensor, documents: Tensor | None) -> Tensor:
-        fused: Tensor = mamba_mixer.mamba_split_conv1d_scan_combined(
-            zxbcdt,
+        weights = MixWeights(
             self.cp.get_conv1d_weight().squeeze(1),
             self.cp.get_conv1d_bias(),
             self.cp.get_dt_bias().float(),
             -torch.exp(self.cp.get_A_log().float()),
-            D=self.cp.get_D(),
-            chunk_size=self.chunk_size,
-            activation=self.activation,
-            headdim=self.headdim,
-            ngroups=self.cp.ngroups_local_tpcp,
-            norm_before_gate=self.norm_before_gate,
-            seq_idx=documents,
+            self.cp.get_D(),
         )
-        return fused
+        positions, width = zxbcdt.shape[0] * zxbcdt.shape[1], zxbcdt.shape[2]
+        inner, groups = self.cp.nheads_local_tpcp * self.headdim, self.cp.ngroups_local_tpcp
+        parts = scan_parts(positions, width, inner, self.d_state, groups, self.chunk_size)
+
+        def fused(columns: Tensor, own: MixWeights) -> Tensor:
+            mixed: Tensor = mamba_mixer.mamba_split_conv1d_scan_combined(
+                columns,
+                *own[:4],
+                D=own.D,
+                chunk_size=self.chunk_size,
+                activation=self.activation,
+                headdim=self.headdim,
+                ngroups=groups // parts,
+                norm_before_gate=self.norm_before_gate,
+                seq_idx=documents,
+            )
+            return mixed
+
+        return mix_in_parts(fused, zxbcdt, weights, parts, self.headdim)
 
 
 def _let_constructor_pass() -> None:

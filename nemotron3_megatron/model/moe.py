@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.transformer.moe import moe_layer
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from nemotron3_megatron.model.layers import DuplicatedLinear
+from nemotron3_megatron.model.moe_parts import MoELayerInParts
 
 
-class TorchMoELayer(MoELayer):  # type: ignore[misc]
+class TorchMoELayer(MoELayerInParts):
     """``MoELayer`` whose ``fc1_latent_proj`` and ``fc2_latent_proj`` need no Transformer Engine."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

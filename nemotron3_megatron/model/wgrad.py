@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,15 +31,40 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, *, fused: bool) -> Te
     return placeholder(weight)
 
 
-def add_weight_gradients(gradients: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]:
-    """Add each gradient to its weight's ``main_grad``.
+def add_weight_gradients(gradients: Tensor, weights: Sequence[Any]) -> None:
+    """Add the gradients (E, N, K) of E weights to each one's ``main_grad``."""
+    buffers = [weight.main_grad for weight in weights]
+    if not _add_at_once(buffers, gradients):
+        for buffer, gradient in zip(buffers, gradients, strict=True):
+            buffer.add_(gradient)
+    for weight in weights:
+        weight.grad_added_to_main_grad = True
 
-    Returns:
-        Placeholders that autograd wants and DDP ignores.
+
+def _add_at_once(buffers: Sequence[Tensor], gradients: Tensor) -> bool:
+    """Whether one kernel did it: on CUDA, where DDP's buckets have cut the buffers nowhere."""
+    if not gradients.is_cuda:
+        return False
+    from nemotron3_megatron.model.kernels.accumulate import add_evenly_spaced
+
+    distance = spacing(buffers)
+    if distance is None:
+        return False
+    add_evenly_spaced(buffers, distance, gradients.contiguous())
+    return True
+
+
+def spacing(tensors: Sequence[Tensor]) -> int | None:
+    """Elements from each tensor to the next (negative: backwards), or None where they differ.
+
+    Args:
+        tensors: contiguous, of one shape and type.
     """
-    for gradient, weight in zip(gradients, weights, strict=True):
-        weight.main_grad.add_(gradient)
-    return [placeholder(weight) for weight in weights]
+    places = [tensor.data_ptr() for tensor in tensors]
+    steps = {after - before for before, after in pairwise(places)} or {0}
+    if len(steps) > 1:
+        return None
+    return steps.pop() // tensors[0].element_size()
 
 
 def placeholder(weight: Any) -> Tensor:

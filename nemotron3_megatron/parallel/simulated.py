@@ -113,14 +113,23 @@ def route_evenly(chunks: Sequence[nn.Module], topk: int) -> None:
     Routers still compute on tensors without storage; only the counts, by which tokens are split and sent, are real.
 
     Args:
-        chunks: models with MoE layers of the ``alltoall`` dispatcher.
+        chunks: models with MoE layers of the ``alltoall`` or ``allgather`` dispatcher.
         topk: experts that a token chooses.
     """
     for chunk in chunks:
         for module in chunk.modules():
             dispatcher: Any = getattr(module, "token_dispatcher", None)
-            if dispatcher is not None:
+            if hasattr(dispatcher, "count_rows"):  # of model/gathered.py
+                dispatcher.count_rows = partial(_count_evenly, dispatcher.ep_size, topk)
+            elif dispatcher is not None:
                 dispatcher.preprocess = partial(_preprocess_evenly, dispatcher.preprocess, topk)
+
+
+def _count_evenly(ranks: int, topk: int, routes: Tensor) -> tuple[Tensor, Callable[[], int]]:
+    rows, experts = routes.shape[0] * topk // ranks, routes.shape[1]
+    counts = torch.full((experts,), rows // experts, device="cpu")
+    counts[: rows % experts] += 1
+    return counts, lambda: rows
 
 
 def _preprocess_evenly(preprocess: Callable[[Tensor], Tensor], topk: int, routing_map: Tensor) -> Tensor:

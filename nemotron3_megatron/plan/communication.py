@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from nemotron3_megatron.config.experts import gathers_tokens
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.config.run import Run, Stage
 from nemotron3_megatron.config.sizes import Kind
@@ -181,7 +182,11 @@ def _experts(run: Run, stage: Stage, segment: Segment) -> Iterator[Collective]:
     model, layout, every = run.model, run.layout, groups(run)
     count = list(kinds(model, segment)).count("moe")
     share = layout.tp if layout.sequence_parallel else 1
-    rows = count * _tokens(run, stage) // share * model.moe_router_topk
+    tokens = count * _tokens(run, stage) // share
+    if gathers_tokens(run):
+        yield from _gathered(run, tokens, every["ep"])
+        return
+    rows = tokens * model.moe_router_topk
     dispatch, combine = dispatched_bytes(model, value_bytes(run))
     directions = forwards(run, "moe") + 1
     copies = model.moe_router_topk if run.parallel.moe_token_dispatcher_type == "flex" else 1
@@ -192,6 +197,15 @@ def _experts(run: Run, stage: Stage, segment: Segment) -> Iterator[Collective]:
     again, gathered = forwards(run, "moe"), rows * layout.etp
     yield _layer("expert tensor parallel", "all-gather", every["etp"], gathered * (again * dispatch + summed))
     yield _layer("expert tensor parallel", "reduce-scatter", every["etp"], gathered * (again * summed + dispatch))
+
+
+def _gathered(run: Run, tokens: int, group: Group) -> Iterator[Collective]:
+    """Every token goes to every rank and its output comes back summed; each rank receives its experts' gates."""
+    model, directions = run.model, forwards(run, "moe") + 1
+    whole = directions * tokens * group.size * dispatched_bytes(model, value_bytes(run))[1]
+    yield _layer("expert dispatch", "all-gather", group, whole)
+    yield _layer("expert combine", "reduce-scatter", group, whole)
+    yield _layer("gates", "all-to-all", group, directions * tokens * model.num_moe_experts * PROBABILITY_BYTES)
 
 
 def _pipeline(run: Run, stage: Stage, segment: Segment) -> Iterator[Collective]:

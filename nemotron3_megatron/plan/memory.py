@@ -1,8 +1,8 @@
 """Memory of a rank, by pipeline stage and term, in bytes of torch's allocator.
 
-Weights, gradients and optimizer state are exact (``plan/buffers.py``); activations and transients follow what the te
-spec saves (``plan/activations.py``). Not counted, for they lie outside the allocator: the CUDA context, NCCL's buffers
-and kernels, 1 to 3 GiB together; and what the allocator loses to fragments.
+Weights, gradients and optimizer state are exact (``plan/buffers.py``); activations and transients follow what the
+run's module spec saves (``plan/activations.py``). Not counted, for they lie outside the allocator: the CUDA context,
+NCCL's buffers and kernels, 1 to 3 GiB together; and what the allocator loses to fragments.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from collections import Counter
 from dataclasses import dataclass, fields
 
 from nemotron3_megatron.config.run import Run, Stage
-from nemotron3_megatron.plan.activations import Kept, Shape, ends, layer, logits, shape
+from nemotron3_megatron.plan.activation_shape import Kept, Shape, shape
+from nemotron3_megatron.plan.activations import ends, layer, logits, mtp_depth
 from nemotron3_megatron.plan.buffers import Buffer, buffers, optimizer_bytes, weight_bytes
 from nemotron3_megatron.plan.parameters import Chunk, Parameter, chunk_parameters, chunks, router_buffer_bytes
 from nemotron3_megatron.plan.quantised import weight_bytes_kept
 from nemotron3_megatron.precision.policy import Role
 
 GIB = 2**30
-CUBLAS_WORKSPACES = 2 * 32 * 2**20
-"""Transformer Engine's and torch's, 32 MiB each on Hopper and later."""
+CUBLAS_WORKSPACE = 32 * 2**20
+"""Transformer Engine's and torch's, each so large on Hopper and later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +36,11 @@ class Memory:
     activations: int
     """Of all micro-batches in flight."""
     logits: int
-    """Logits of all depths, which are their own gradient. Never there together with ``transient``."""
+    """Logits of all depths, which are their own gradient; on a CPU also what that takes. Never there together with
+    ``transient``."""
     transient: int
-    """Most that a layer's backward pass needs for itself beyond ``logits``: gradients, gathered and sent tokens."""
+    """Most that a layer's backward pass needs for itself beyond ``logits`` and what came behind it, which are given
+    back by then: gradients, gathered and sent tokens."""
     quantised_weights: int
     """What the precision backend keeps of quantised weights between micro-batches."""
     workspace: int
@@ -114,21 +117,19 @@ def _rank_memory(at: Shape, stage: Stage, kept: dict[Role, float], pp_rank: int)
         optimizer=_fullest_optimizer(run, held),
         activations=sum(count * each.saved for count, each in zip(flying, saved, strict=True)),
         logits=logit_bytes,
-        transient=max(0, transient - logit_bytes),
+        transient=max(0, transient - logit_bytes - sum(ends(at, chunk) for chunk in mine)),
         quantised_weights=round(quantised),
-        workspace=CUBLAS_WORKSPACES + _placeholders(run, parameters),
+        workspace=_workspace(at, parameters),
     )
 
 
 def _chunk_activations(at: Shape, chunk: Chunk) -> Kept:
     """Every depth saves anew, also where depths share one block."""
-    symbols = Counter(chunk.layers)
-    if chunk.last:
-        for symbol in at.model.mtp_pattern * at.model.mtp_depths:
-            symbols[symbol] += 1
-    kinds = {symbol: layer(at, symbol) for symbol in symbols}
-    saved = sum(count * kinds[symbol].saved for symbol, count in symbols.items())
-    return Kept(saved + ends(at, chunk), max(kept.transient for kept in kinds.values()))
+    parts = [(count, layer(at, symbol)) for symbol, count in Counter(chunk.layers).items()]
+    if chunk.last and at.model.mtp_depths:
+        parts.append((at.model.mtp_depths, mtp_depth(at)))
+    saved = sum(count * kept.saved for count, kept in parts)
+    return Kept(saved + ends(at, chunk), max(kept.transient for _, kept in parts))
 
 
 def in_flight(run: Run, micro_batches: int, pp_rank: int) -> tuple[int, ...]:
@@ -154,6 +155,12 @@ def _fullest_optimizer(run: Run, held: list[Buffer]) -> int:
         max(map(sum, zip(*(optimizer_bytes(run, b) for b in held if b.expert == expert), strict=True)), default=0)
         for expert in (False, True)
     )
+
+
+def _workspace(at: Shape, parameters: list[tuple[Parameter, ...]]) -> int:
+    if at.spec == "te":
+        return 2 * CUBLAS_WORKSPACE + _placeholders(at.run, parameters)
+    return 0 if at.on_cpu else CUBLAS_WORKSPACE
 
 
 def _placeholders(run: Run, parameters: list[tuple[Parameter, ...]]) -> int:

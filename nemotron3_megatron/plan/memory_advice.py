@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from nemotron3_megatron.accelerators import GB200, GB300, H100, H200, Gpu
 from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import Recipe, StageConfig
 from nemotron3_megatron.config.resolve import resolve
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.plan.hardware import GB200, GB300, H100, H200, Gpu, gpu_of
+from nemotron3_megatron.plan.hardware import gpu_of
 from nemotron3_megatron.plan.memory import GIB, memory_plan
 
 OUTSIDE_GIB = 4.0

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nemotron3_megatron.plan.hardware import Gpu
+from nemotron3_megatron.accelerators import Gpu
 from nemotron3_megatron.plan.memory import GIB, TERMS, Memory, MemoryPlan
 
 _INK, _FAINT = "#1f2933", "#66727f"

@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from nemotron3_megatron.accelerators import GB200, GB300, H100, H200
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.plan.hardware import GB200, GB300, H100, H200, gpu_of
+from nemotron3_megatron.plan.hardware import gpu_of
 from nemotron3_megatron.plan.memory import GIB, TERMS, Memory, MemoryPlan, memory_plan
 from nemotron3_megatron.plan.memory_advice import Advice, advise
 from nemotron3_megatron.plan.pictures import write_picture

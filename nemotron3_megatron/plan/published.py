@@ -12,11 +12,11 @@ from functools import cache
 
 from rich.table import Table
 
+from nemotron3_megatron.accelerators import GPUS, Gpu
 from nemotron3_megatron.config import compose, resolve
 from nemotron3_megatron.config.pipeline import hybrid_layer_pattern
 from nemotron3_megatron.config.recipe import GpuName
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.plan.hardware import GPUS, Gpu
 from nemotron3_megatron.plan.tables import new_table
 from nemotron3_megatron.plan.time import Estimate, estimate
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from math import prod
 
+from nemotron3_megatron.accelerators import Gpu
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.config.run import Run, Stage
 from nemotron3_megatron.config.sizes import Kind
 from nemotron3_megatron.plan.communication import Collective, Group, forwards, value_bytes
 from nemotron3_megatron.plan.flops import passes, scan_flops, score_flops
-from nemotron3_megatron.plan.hardware import Gpu
 from nemotron3_megatron.plan.segments import Segment, is_routed, kinds, weights
 from nemotron3_megatron.precision.plan import PlanRow
 from nemotron3_megatron.precision.policy import Format

@@ -13,6 +13,7 @@ from heapq import heapify, heappop, heappush
 from itertools import product
 from typing import Literal
 
+from nemotron3_megatron.accelerators import Gpu
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.parts import is_uniform, part, stage_in_force
 from nemotron3_megatron.config.precision import precision_rules
@@ -22,7 +23,7 @@ from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.config.schedule import lengths
 from nemotron3_megatron.config.stage_rules import RULES
 from nemotron3_megatron.plan.communication import value_bytes
-from nemotron3_megatron.plan.hardware import Gpu, gpu_of
+from nemotron3_megatron.plan.hardware import gpu_of
 from nemotron3_megatron.plan.memory import GIB, memory_plan
 from nemotron3_megatron.plan.memory_advice import OUTSIDE_GIB
 from nemotron3_megatron.plan.segments import segments, weights

@@ -41,6 +41,7 @@ from nemotron3_megatron.precision.modules import linear_modules
 from nemotron3_megatron.precision.verify import differences
 from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
 from nemotron3_megatron.train.step import Trainer, configure_schedule, train_step
+from nemotron3_megatron.train.updates import MegatronUpdates
 
 PHASES = ("groups", "model", "precision", "gradients", "optimizer", "step")
 
@@ -87,7 +88,7 @@ def _phases(run: Run, rank: int) -> Iterator[dict[str, Any]]:
         yield {}
         optimizer = build_optimizer(wrapped, run, groups)
         yield _bytes(run, groups, wrapped, optimizer)
-        trainer = Trainer(run, platform, groups, wrapped, optimizer)
+        trainer = Trainer(run, platform, groups, wrapped, optimizer, MegatronUpdates(optimizer))
         configure_schedule(trainer)
         yield {"step": _step(trainer)}
 

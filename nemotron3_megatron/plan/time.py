@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemotron3_megatron.accelerators import Gpu
 from nemotron3_megatron.config.run import Run, Stage
 from nemotron3_megatron.plan.communication import communication
 from nemotron3_megatron.plan.counts import flops_per_token
-from nemotron3_megatron.plan.hardware import Gpu
 from nemotron3_megatron.plan.roofline import (
     HIDDEN_SHARE,
     collective_seconds,

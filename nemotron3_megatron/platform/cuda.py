@@ -8,25 +8,13 @@ from typing import Literal
 
 import torch
 
+from nemotron3_megatron.accelerators import data_sheet
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.platform.base import Spec
 from nemotron3_megatron.platform.cpu import unfused_flags
 from nemotron3_megatron.platform.kernel_cache import announce_compilation
 
 _TE_SPEC_MODULES = ("transformer_engine.pytorch", "mamba_ssm.ops.triton.ssd_combined", "causal_conv1d")
-
-_PEAK_TFLOPS = {
-    "GB300": 2500,
-    "GB200": 2500,
-    "B300": 2250,
-    "B200": 2250,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "GH200": 989,
-    "A100": 312,
-}
-"""BF16 without sparsity, by a part of the device's name (NVIDIA's data sheets); the first that fits counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +33,8 @@ class CudaPlatform:
     @property
     def peak_flops(self) -> float | None:
         """Of the data sheet."""
-        name = torch.cuda.get_device_name()
-        return next((1e12 * tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+        sheet = data_sheet(torch.cuda.get_device_name())
+        return sheet.bf16 if sheet else None
 
     def start(self, local_rank: int) -> None:
         """Take the GPU with the number ``local_rank``."""

@@ -142,7 +142,7 @@ def diagnose(packages: tuple[Package, ...] = PACKAGES) -> Diagnosis:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         findings = tuple(examine(package) for package in packages)
-    devices, cuda = _devices()
+    devices, cuda = find_devices()
     page = os.sysconf("SC_PAGE_SIZE")
     return Diagnosis(
         python=f"{platform.python_version()} ({sys.executable})",
@@ -178,7 +178,8 @@ def examine(package: Package) -> Finding:
     return finding(version, "ok", "")
 
 
-def _devices() -> tuple[tuple[str, ...], str]:
+def find_devices() -> tuple[tuple[str, ...], str]:
+    """The GPUs with memory and architecture, and CUDA's version or why there are none."""
     try:
         import torch
     except (ImportError, OSError):

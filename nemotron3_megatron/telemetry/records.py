@@ -12,10 +12,23 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 Health = dict[str, dict[str, float]]
 """Series name (``telemetry.health.SERIES``) to the value of each layer or role."""
+
+
+class TagLoss(NamedTuple):
+    """Main loss of the sequences whose source has one tag."""
+
+    loss: float
+    """Mean in nats per token; NaN if a loss was not finite."""
+    tokens: int
+    """That carried it: at least one."""
+
+
+Tags = dict[str, TagLoss]
+"""By tag; without those that were not read. Weighted with their tokens they mean the whole loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,15 +103,17 @@ class StepRecord:
     """Of quantised operands; empty in steps that were not sampled."""
     health: Health = field(default_factory=dict)
     """Diagnostics by layer or role (``telemetry.health``); empty in steps that were not sampled."""
+    tags: Tags = field(default_factory=dict)
+    """Main loss by tag of the sources; empty where the data has none."""
     time_s: float | None = None
     """When it was recorded, in seconds since 1970."""
 
     def to_json(self) -> str:
-        """One strict JSON object without a line break; ``precision`` and ``health`` are left out where empty."""
+        """One strict JSON object without a line break; empty ``precision``, ``health`` and ``tags`` are left out."""
         fields = asdict(self)
         operands = [_with_null(operand) for operand in fields.pop("precision")]
-        health = _health_to_json(fields.pop("health"))
-        return _dump(fields | ({"precision": operands} if operands else {}) | ({"health": health} if health else {}))
+        series = _series_of(fields)
+        return _dump(fields | _unless_empty("precision", operands) | series)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -109,7 +124,6 @@ class StepRecord:
         """
         fields = _load(text, cls.__slots__, ("loss", "grad_norm", "lr", "tokens_per_s", "step_time_s"))
         fields["precision"] = tuple(_operand(found) for found in fields.get("precision", ()))
-        fields["health"] = _health_from_json(fields.get("health", {}))
         return _construct(cls, fields)
 
 
@@ -124,12 +138,14 @@ class EvalRecord:
     mtp_losses: tuple[float, ...] = ()
     health: Health = field(default_factory=dict)
     """Expert load by layer (``telemetry.health``); empty without experts."""
+    tags: Tags = field(default_factory=dict)
+    """Main loss by tag of the sources; empty where the data has none."""
 
     def to_json(self) -> str:
-        """One strict JSON object without a line break; ``health`` is left out where it is empty."""
+        """One strict JSON object without a line break; empty ``health`` and ``tags`` are left out."""
         fields = asdict(self)
-        health = _health_to_json(fields.pop("health"))
-        return _dump(fields | ({"health": health} if health else {}))
+        series = _series_of(fields)
+        return _dump(fields | series)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -139,12 +155,18 @@ class EvalRecord:
             ValueError: the text is not a JSON object or lacks a required key.
         """
         fields = _load(text, cls.__slots__, ("validation_loss",))
-        fields["health"] = _health_from_json(fields.get("health", {}))
         return _construct(cls, fields)
 
 
-def _health_to_json(health: Health) -> dict[str, dict[str, float | None]]:
-    return {name: _with_null(values) for name, values in health.items()}
+def _series_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take ``health`` and ``tags`` out of the fields; both as JSON holds them, if they are not empty."""
+    health = {name: _with_null(values) for name, values in fields.pop("health").items()}
+    tags = {name: _with_null(found._asdict()) for name, found in fields.pop("tags").items()}
+    return _unless_empty("health", health) | _unless_empty("tags", tags)
+
+
+def _unless_empty(name: str, value: dict[str, Any] | list[Any]) -> dict[str, Any]:
+    return {name: value} if value else {}
 
 
 def _health_from_json(found: dict[str, dict[str, float | None]]) -> Health:
@@ -152,6 +174,11 @@ def _health_from_json(found: dict[str, dict[str, float | None]]) -> Health:
         name: {row: math.nan if value is None else value for row, value in values.items()}
         for name, values in found.items()
     }
+
+
+def _tag_loss(found: dict[str, Any]) -> TagLoss:
+    fields = {key: value for key, value in found.items() if key in TagLoss._fields}
+    return _construct(TagLoss, fields | ({"loss": math.nan} if fields.get("loss") is None else {}))
 
 
 def _finite(value: Any) -> Any:
@@ -185,6 +212,8 @@ def _load(text: str, names: tuple[str, ...], floats: tuple[str, ...]) -> dict[st
         if key in fields and fields[key] is None:
             fields[key] = math.nan
     fields["mtp_losses"] = tuple(math.nan if x is None else x for x in fields.get("mtp_losses", ()))
+    fields["health"] = _health_from_json(fields.get("health", {}))
+    fields["tags"] = {name: _tag_loss(values) for name, values in fields.get("tags", {}).items()}
     return fields
 
 

@@ -22,6 +22,7 @@ from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
 from nemotron3_megatron.telemetry.report_health import draw_health, read_story, story_sections, tiles
 from nemotron3_megatron.telemetry.run_record import RunRecord, read_run_record, unigram_entropy
 from nemotron3_megatron.telemetry.scalars import most_flushed
+from nemotron3_megatron.telemetry.tag_curves import draw_tag_losses, tag_section
 from nemotron3_megatron.telemetry.terminal_plot import Series, plot
 from nemotron3_megatron.telemetry.throughput import WARMUP_STEPS, format_count, format_duration
 
@@ -74,7 +75,7 @@ def read_findings(run_dir: Path) -> Findings:
 
 
 def write_report(findings: Findings) -> list[Path]:
-    """Write ``loss.png``, pictures of speed, health and operands, and ``report.html`` into the run directory.
+    """Write ``loss.png``, pictures of speed, health, tags and operands, and ``report.html`` into the run directory.
 
     Returns:
         The files, ``report.html`` last.
@@ -89,11 +90,15 @@ def write_report(findings: Findings) -> list[Path]:
     )
     run, steps, story = findings.record.run, findings.steps, read_story(findings.run_dir, findings.steps)
     pictures = {picture: ("", "Loss curves"), **draw_health(findings.run_dir, run, steps, story)}
+    if any(record.tags for record in steps) or any(record.tags for record in findings.evals):
+        tags = findings.run_dir / "loss_by_tag.png"
+        draw_tag_losses(tags, steps, findings.evals, title=f"{run.name}: loss by tag of the sources")
+        pictures[tags] = ("Loss by tag", "Training loss (lines) and validation loss (dots) of each tag over steps")
     pictures |= _draw_operands(findings)
     shown = [Picture(title, shows, path.read_bytes()) for path, (title, shows) in pictures.items()]
     title = f"{findings.record.run.name}: training report"
     first, *others = _sections(findings)
-    sections = [first, *story_sections(steps, findings.evals, story), *others]
+    sections = [first, tag_section(steps, findings.evals), *story_sections(steps, findings.evals, story), *others]
     document.write_text(page(title, shown, sections, tiles(run, steps, findings.evals, story)), encoding="utf-8")
     return [*pictures, document]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from nemotron3_megatron.telemetry.health import health_scalars
-from nemotron3_megatron.telemetry.records import EvalRecord, OperandRecord, StepRecord
+from nemotron3_megatron.telemetry.records import EvalRecord, OperandRecord, StepRecord, Tags
 
 
 def step_scalars(record: StepRecord) -> dict[str, float]:
@@ -21,6 +21,7 @@ def step_scalars(record: StepRecord) -> dict[str, float]:
         "speed/tokens_per_s": record.tokens_per_s,
         "speed/step_time_s": record.step_time_s,
         **_by_depth("train", record.mtp_losses),
+        **_by_tag("train", record.tags),
         **precision_scalars(record.precision),
         **health_scalars("health", record.health),
         **{f"health/mtp_{depth}_gap": loss - record.loss for depth, loss in enumerate(record.mtp_losses, start=1)},
@@ -55,9 +56,14 @@ def eval_scalars(record: EvalRecord) -> dict[str, float]:
     return {
         "validation/loss": record.validation_loss,
         **_by_depth("validation", record.mtp_losses),
+        **_by_tag("validation", record.tags),
         **health_scalars("validation/health", record.health),
     }
 
 
 def _by_depth(group: str, losses: tuple[float, ...]) -> dict[str, float]:
     return {f"{group}/mtp_{depth}_loss": loss for depth, loss in enumerate(losses, start=1)}
+
+
+def _by_tag(group: str, tags: Tags) -> dict[str, float]:
+    return {f"{group}/loss_of/{tag}": found.loss for tag, found in tags.items()}

@@ -88,7 +88,7 @@ class StepTimer:
         self._started: float | None = None
 
     def start(self) -> None:
-        """Begin a step. On CUDA the caller synchronises first."""
+        """Begin a step."""
         self._started = self._clock()
 
     def stop(self) -> float:

@@ -11,6 +11,7 @@ from nemotron3_megatron.precision.install import backend_of, install_precision
 from nemotron3_megatron.train.graph import captured_passes
 from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
 from nemotron3_megatron.train.step import Trainer, configure_schedule
+from nemotron3_megatron.train.updates import choose_updates
 
 
 def build_trainer(run: Run, platform: Platform, groups: ProcessGroupCollection) -> Trainer:
@@ -24,6 +25,7 @@ def build_trainer(run: Run, platform: Platform, groups: ProcessGroupCollection) 
     install_precision(run, platform, chunks, backend)
     captured = captured_passes(run, platform, backend)
     model = wrap_data_parallel(chunks, run, groups)
-    trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups), backend, captured)
+    optimizer = build_optimizer(model, run, groups)
+    trainer = Trainer(run, platform, groups, model, optimizer, choose_updates(optimizer), backend, captured)
     configure_schedule(trainer)
     return trainer

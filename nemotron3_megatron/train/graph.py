@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.experts import keeps_counts_on_device
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.model.builder import chosen_spec, keeps_counts_on_device
+from nemotron3_megatron.model.builder import chosen_spec
 from nemotron3_megatron.platform import Platform
 from nemotron3_megatron.platform.base import Spec
 from nemotron3_megatron.precision.backend import Backend
@@ -107,7 +108,8 @@ def captured_passes(run: Run, platform: Platform, backend: Backend) -> CapturedP
     if wanted == "none":
         return None
     spec = chosen_spec(run.model, platform)
-    obstacle = graph_obstacle(run, spec, backend, device_counts=keeps_counts_on_device(run, backend))
+    counts = keeps_counts_on_device(run, native=backend == "native")
+    obstacle = graph_obstacle(run, spec, backend, device_counts=counts)
     if platform.name == "cpu":
         obstacle = "there is no GPU"
     if obstacle is None:

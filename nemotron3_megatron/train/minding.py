@@ -21,6 +21,7 @@ from nemotron3_megatron.train.callbacks.recording import Evaluate
 from nemotron3_megatron.train.callbacks.spikes import StepJudge
 from nemotron3_megatron.train.callbacks.stragglers import Stragglers
 from nemotron3_megatron.train.callbacks.watchdog import Watchdog
+from nemotron3_megatron.train.loss import Losses
 from nemotron3_megatron.train.step import Trainer
 
 
@@ -53,7 +54,7 @@ class Minding:
     def evaluating(self, evaluate: Evaluate) -> Evaluate:
         """``evaluate`` under its own time limit, with the load of experts measured."""
 
-        def watched(event: StepEvent) -> tuple[float, ...]:
+        def watched(event: StepEvent) -> Losses:
             with ExitStack() as stack:
                 stack.enter_context(self.watch.during("evaluation"))
                 if self.measured is not None:

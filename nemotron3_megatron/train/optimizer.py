@@ -15,7 +15,6 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer.param_layout import FullParamLayout
@@ -25,6 +24,7 @@ from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.model.transformer_config import DTYPES
 from nemotron3_megatron.train.trainable import FROZEN, drop_frozen_gradients, freeze, global_names
+from nemotron3_megatron.train.updates import Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
 
 
 def update(
-    optimizer: MegatronOptimizer,
+    updates: Updates,
     model: list[DistributedDataParallel],
     clip_grad: float,
     refuse: Callable[[], str] | None = None,
@@ -152,15 +152,14 @@ def update(
     weights alone although gradients are finite, must answer alike.
     """
     drop_frozen_gradients(model)
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm = updates.norm()
     if not math.isfinite(norm):
         return Update(False, norm, _non_finite_parameters(model))
     if reason := refuse() if refuse is not None else "":
         return Update(False, norm, reason=reason)
     if clip_grad > 0:
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, norm)
-    optimizer.step_with_ready_grads()
+        updates.clip(norm, clip_grad)
+    updates.apply()
     return Update(True, norm)
 
 

@@ -29,6 +29,7 @@ from nemotron3_megatron.train.callbacks.preemption import Preemption
 from nemotron3_megatron.train.callbacks.recording import Recording, Validation
 from nemotron3_megatron.train.callbacks.samples import SampleLog
 from nemotron3_megatron.train.loop import run_steps
+from nemotron3_megatron.train.loss import Losses
 from nemotron3_megatron.train.minding import Minding, mind
 from nemotron3_megatron.train.record import write_run_record
 from nemotron3_megatron.train.stages import Boundaries, Side
@@ -142,9 +143,9 @@ def _callbacks(
 
     saves = Saves(trainer, store, state_of)
 
-    def held_out_loss(event: StepEvent) -> tuple[float, ...]:
+    def held_out_losses(event: StepEvent) -> Losses:
         losses = evaluate(trainer, held_out.batches(event.stage), event.stage)
-        saves.measured(event.step, losses[0])
+        saves.measured(event.step, losses.depths[0])
         return losses
 
     observed = _precision_telemetry(trainer)
@@ -160,7 +161,7 @@ def _callbacks(
             operands=observed[0].records if observed else tuple,
             health=minding.health,
         ),
-        Validation(run, minding.evaluating(held_out_loss), writers, health=minding.health),
+        Validation(run, minding.evaluating(held_out_losses), writers, health=minding.health),
         Checkpointing(run, minding.saving(saves), saves),
     ]
 

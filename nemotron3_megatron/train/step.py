@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -16,13 +16,16 @@ from torch import Tensor
 
 from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.data.batch import MicroBatch
+from nemotron3_megatron.data.composition import tags_of
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.platform import Platform
 from nemotron3_megatron.precision.backend import Backend
+from nemotron3_megatron.telemetry.records import TagLoss
 from nemotron3_megatron.train.graph import CapturedPasses
-from nemotron3_megatron.train.loss import LossWeights, loss_weights, mean_losses, weighted_loss
+from nemotron3_megatron.train.loss import Losses, LossWeights, loss_weights, mean_losses, weighted_loss
 from nemotron3_megatron.train.optimizer import Update, set_learning_rate, update
 from nemotron3_megatron.train.trainable import is_frozen
+from nemotron3_megatron.train.updates import Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class StepResult:
     losses: tuple[float, ...]
     """Mean loss of the main prediction, then of each MTP depth, over the global batch."""
     update: Update
+    tags: Mapping[str, TagLoss] = field(default_factory=dict)
+    """Main loss by tag (``Losses.tags``)."""
 
 
 class Judge(Protocol):
@@ -53,6 +58,7 @@ class Trainer:
     groups: ProcessGroupCollection
     model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    updates: Updates
     backend: Backend = "none"
     """Of the precision plan."""
     captured: CapturedPasses | None = None
@@ -84,32 +90,35 @@ def _attempt(trainer: Trainer, batches: list[MicroBatch], stage: Shape, lr: floa
     biases = {buffer: buffer.clone() for buffer in _expert_biases(trainer)}
     losses = accumulate_gradients(trainer, batches, stage)
     set_learning_rate(trainer.optimizer, lr)
-    refuse = None if trainer.judge is None else partial(trainer.judge.refuse, losses)
-    outcome = update(trainer.optimizer, trainer.model, trainer.run.optimizer.clip_grad, refuse)
+    judge = trainer.judge
+    # Losses are read after the gradients' norm: the GPU has then not waited for the norm's launch.
+    refuse = None if judge is None else lambda: judge.refuse(losses().depths)
+    outcome = update(trainer.updates, trainer.model, trainer.run.optimizer.clip_grad, refuse)
     for buffer, before in biases.items():
         # Megatron-Core moves the routers' biases with the gradients; a refused step must not move them either.
         if not outcome.applied or is_frozen(buffer):
             buffer.copy_(before)
-    return StepResult(losses, outcome)
+    read = losses()
+    return StepResult(read.depths, outcome, read.tags)
 
 
-def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Shape) -> tuple[float, ...]:
+def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Shape) -> Callable[[], Losses]:
     """Forward and backward over one global batch; the reduced gradients are left in the DDP buffers.
 
     Returns:
-        Mean loss of the main prediction, then of each MTP depth.
+        Waits for the losses of these passes.
     """
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
+    trainer.updates.forget()
     weights = _weights(trainer, batches)
     sums = _run_schedule(trainer, batches, stage, weights, forward_only=False)
-    return tuple(mean_losses(sums, weights))
+    return mean_losses(sums, weights, tags_of(trainer.run.data))
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], stage: Shape) -> tuple[float, ...]:
-    """Mean losses (main, then MTP depths) over held-out micro-batches; weights and expert biases stay as they are."""
+def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], stage: Shape) -> Losses:
+    """Mean losses over held-out micro-batches; weights and expert biases stay as they are."""
     for chunk in trainer.model:
         chunk.eval()
     held_out = list(batches)
@@ -117,18 +126,23 @@ def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], stage: Shape) -> t
     sums = _run_schedule(trainer, held_out, stage, weights, forward_only=True)
     for chunk in trainer.model:
         chunk.train()
-    return tuple(mean_losses(sums, weights))
+    return mean_losses(sums, weights, tags_of(trainer.run.data))()
 
 
 def configure_schedule(trainer: Trainer) -> None:
     """Tell Megatron-Core's schedules how this run's gradients are scaled, finalised and overlapped."""
     config = trainer.chunks[0].config
     config.grad_scale_func = trainer.optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finalize
     if trainer.run.parallel.overlap_grad_reduce:
         config.no_sync_func = _one_or_list([m.no_sync for m in trainer.model])
     if trainer.run.parallel.overlap_param_gather:
         config.param_sync_func = _one_or_list([m.start_param_sync for m in trainer.model])
+
+
+def _finalize(model: list[DistributedDataParallel], _tokens: Tensor | None, **groups: Any) -> None:
+    """Reduce gradients; losses were divided by their tokens already."""
+    finalize_model_grads(model, None, **groups)
 
 
 def _weights(trainer: Trainer, batches: list[MicroBatch]) -> LossWeights:
@@ -138,7 +152,7 @@ def _weights(trainer: Trainer, batches: list[MicroBatch]) -> LossWeights:
 def _run_schedule(
     trainer: Trainer, batches: list[MicroBatch], stage: Shape, weights: LossWeights, *, forward_only: bool
 ) -> Tensor:
-    """Run all micro-batches; returns the losses summed over the global batch (1 + D,) on every rank."""
+    """Run all micro-batches; returns the losses summed over the global batch (1 + D + T,) on every rank."""
     inputs = [_model_inputs(trainer, batch) for batch in batches]
     if trainer.captured is None or forward_only:
         sums = _passes(trainer, inputs, stage, weights, forward_only=forward_only)
@@ -156,13 +170,15 @@ def _model_inputs(trainer: Trainer, batch: MicroBatch) -> ModelInputs:
     boundaries = batch.boundaries().to(device) if isolated and trainer.groups.cp.size() == 1 else None
     there = batch.to(device)
     documents = there.documents if isolated else None
-    return ModelInputs(there.tokens, there.position_ids, there.labels, there.loss_mask, documents, boundaries)
+    return ModelInputs(
+        there.tokens, there.position_ids, there.labels, there.loss_mask, documents, boundaries, there.tags
+    )
 
 
 def _passes(
     trainer: Trainer, inputs: list[ModelInputs], stage: Shape, weights: LossWeights, *, forward_only: bool
 ) -> Tensor:
-    """Forward, and backward unless ``forward_only``, of this rank's micro-batches -> summed losses (1 + D,)."""
+    """Forward, and backward unless ``forward_only``, of this rank's micro-batches -> summed losses (1 + D + T,)."""
     chunks = trainer.model
     trainer.chunks[0].config.moe_grad_scale_func = lambda: weights.balancing
     reports: list[Tensor] = get_forward_backward_func()(
@@ -175,13 +191,13 @@ def _passes(
         decoder_seq_length=stage.seq_length,
         forward_only=forward_only,
     )
-    return torch.stack(reports).sum(dim=0) if reports else torch.zeros_like(weights.scales)
+    return torch.stack(reports).sum(dim=0) if reports else torch.zeros_like(weights.counts, dtype=torch.float32)
 
 
 def _captured_passes(
     trainer: Trainer, captured: CapturedPasses, inputs: list[ModelInputs], stage: Shape, weights: LossWeights
 ) -> Tensor:
-    """The same as a CUDA graph, and gradients finalised after it: that decides by values, and reduces over ranks."""
+    """The same as a CUDA graph, and gradients finalised after it: that reduces over ranks."""
 
     def passes(tensors: list[Tensor]) -> Tensor:
         scales, balancing, *rest = tensors
@@ -195,8 +211,7 @@ def _captured_passes(
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     sums = captured(passes, [weights.scales, weights.balancing, *tensors]).clone()
     config.finalize_model_grads_func = finalize
-    tokens = torch.stack([each.loss_mask[0].sum() for each in inputs]).sum().to(torch.int32)
-    finalize(trainer.model, tokens, pg_collection=trainer.groups)
+    finalize(trainer.model, None, pg_collection=trainer.groups)
     return sums
 
 
@@ -210,6 +225,8 @@ class ModelInputs(NamedTuple):
     documents: Tensor | None
     """None: not isolated."""
     boundaries: Tensor | None
+    tags: Tensor | None
+    """None: losses are not told apart."""
 
 
 def _forward_step(
@@ -223,7 +240,7 @@ def _forward_step(
         documents=batch.documents,
         boundaries=batch.boundaries,
     )
-    return output, partial(weighted_loss, loss_mask=batch.loss_mask, weights=weights)
+    return output, partial(weighted_loss, loss_mask=batch.loss_mask, weights=weights, tags=batch.tags)
 
 
 def _expert_biases(trainer: Trainer) -> list[Tensor]:

@@ -127,7 +127,7 @@ def weight_decay(options: dict[str, Any]) -> dict[str, Any]:
         for wrapped in trainer.model:
             wrapped.zero_grad_buffer()
         set_learning_rate(trainer.optimizer, 0.5)
-        outcome = update(trainer.optimizer, trainer.model, trainer.run.optimizer.clip_grad)
+        outcome = update(trainer.updates, trainer.model, trainer.run.optimizer.clip_grad)
         return {
             "applied": outcome.applied,
             "grad_norm": outcome.grad_norm,
@@ -154,7 +154,7 @@ def adamw(options: dict[str, Any]) -> dict[str, Any]:
             for name, gradient in gradients.items():
                 _adamw(wanted[name], gradient * min(1.0, clip / norm), *moments[name], step, trainer)
             set_learning_rate(trainer.optimizer, LEARNING_RATE)
-            outcome = update(trainer.optimizer, trainer.model, clip)
+            outcome = update(trainer.updates, trainer.model, clip)
             norms.append([norm, outcome.grad_norm])
         errors = {name: (p.double() - wanted[name]).abs().max().item() for name, p in parameters.items()}
         return {

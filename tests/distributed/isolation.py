@@ -39,7 +39,8 @@ def _changes(trainer: Trainer) -> list[float]:
     groups, whole = trainer.groups, torch.zeros(SEQ_LENGTH)
     positions = torch.arange(SEQ_LENGTH).chunk(2 * groups.cp.size())
     mine = torch.cat([positions[groups.cp.rank()], positions[2 * groups.cp.size() - 1 - groups.cp.rank()]])
-    whole[mine if groups.cp.size() > 1 else torch.arange(SEQ_LENGTH)] = difference
+    whole[mine if groups.cp.size() > 1 else torch.arange(SEQ_LENGTH)] = difference.float().cpu()
+    whole = whole.to(trainer.platform.device)
     torch.distributed.all_reduce(whole, op=torch.distributed.ReduceOp.MAX)
     values: list[float] = whole.tolist()
     return values
@@ -47,6 +48,6 @@ def _changes(trainer: Trainer) -> list[float]:
 
 def _logits(trainer: Trainer, window: torch.Tensor) -> torch.Tensor:
     batch = build_micro_batch(window, mtp_depths=2, eod_token=EOD, isolate_documents=True)
-    batch = batch.shard(trainer.groups.cp.rank(), trainer.groups.cp.size())
+    batch = batch.shard(trainer.groups.cp.rank(), trainer.groups.cp.size()).to(trainer.platform.device)
     isolated = trainer.run.data.isolate_documents
     return trainer.chunks[0](batch.tokens, batch.position_ids, documents=batch.documents if isolated else None)

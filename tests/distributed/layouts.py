@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,24 @@ def started(options: dict[str, Any], make_run: Callable[..., Run] = tiny_run) ->
     """A trainer for ``make_run(world, **options)``; groups are torn down afterwards."""
     run = make_run(int(os.environ["WORLD_SIZE"]), **options)
     platform = select(run.device)
+    if run.device == "cuda":
+        _tune_nothing()
     platform.start(int(os.environ["LOCAL_RANK"]))
     groups = start_groups(run, platform)
     try:
         yield build_trainer(run, platform, groups)
     finally:
         stop_groups()
+
+
+def _tune_nothing() -> None:
+    """Triton's tuned kernels take their first variant: compiling all, for shapes this small, would take minutes."""
+    from triton.runtime.autotuner import Autotuner
+
+    if not hasattr(Autotuner.prune_configs, "__wrapped__"):
+        choose = Autotuner.prune_configs
+        first = wraps(choose)(lambda *args: choose(*args)[:1])
+        Autotuner.prune_configs = first
 
 
 def batches(trainer: Trainer, step: int) -> list[MicroBatch]:

@@ -22,7 +22,11 @@ NODES: dict[str, int | None] = {
     "parallel=h100x64": 64,
     "parallel=b200x64": 64,
 }
-"""What people have, for Nano, the ladder and the ablations; Super has files of its own, Ultra needs more."""
+"""What people have, for Nano, the ladder and the ablations."""
+
+TOO_LARGE = ("super_bf16", "super_nvfp4", "ultra_nvfp4")
+"""Recipes that the layouts of ``NODES`` can lay out but their GPUs cannot hold: Super has files of its own for 64 GPUs,
+Ultra needs more."""
 
 LONG_CONTEXT = "stage=long_context"
 """The stage's own layout and world."""
@@ -66,6 +70,17 @@ class World:
             recipe = replace(recipe, parallel=composed("recipe=nano_bf16", self.override).parallel)
         return resolve(recipe, self.world_size or planned_world(recipe))
 
+    @property
+    def too_large(self) -> bool:
+        """Whether the GPUs that the layout is named after cannot hold the recipe."""
+        return self.recipe in TOO_LARGE and self.override in NODES
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """To simulate; of what no GPU will run, one."""
+        sampled = sampled_ranks(self.run().layout)
+        return sampled[-1:] if self.too_large else sampled
+
     def tensors(self) -> str:
         """Equal for worlds that hold the same tensors in the same formats and step alike."""
         run, stepping = self.run(), self.takes_a_step
@@ -85,7 +100,7 @@ def worlds() -> Iterator[World]:
     for path in sorted((RECIPES / "recipe").glob("*.yaml")):
         name = path.stem
         yield World(name)
-        for override, size in MORE.get(name, NODES).items():
+        for override, size in (MORE.get(name, NODES) | (NODES if name in TOO_LARGE else {})).items():
             yield World(name, override, size)
 
 
@@ -108,7 +123,7 @@ def simulated(worlds: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for fields in worlds[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]:
         world = World(**fields)
         run = world.run()
-        ranks = sampled_ranks(run.layout)
+        ranks = world.ranks
         last = {rank * run.layout.pp // run.layout.world_size: rank for rank in ranks}.values()
         reports[str(world)] = []
         for rank in ranks:

@@ -9,29 +9,31 @@ import pytest
 from tiny import tiny_run
 
 import nemotron3_megatron  # noqa: F401  (before any Megatron-Core import: it installs the CPU platform)
-from nemotron3_megatron.model.builder import keeps_counts_on_device
-from nemotron3_megatron.precision.backend import Backend
+from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.experts import keeps_counts_on_device
+from nemotron3_megatron.model.builder import check_supported
+from nemotron3_megatron.platform import select
 from nemotron3_megatron.precision.policy import Format
 
 
 @pytest.mark.parametrize(
-    ("number_format", "backend", "expected"),
+    ("number_format", "native", "expected"),
     [
-        ("bf16", "none", True),
-        ("nvfp4", "emulated", True),
-        ("mxfp8", "emulated", True),
-        ("nvfp4", "native", False),  # TE's grouped GEMM takes counts from the CPU
+        ("bf16", False, True),
+        ("nvfp4", False, True),
+        ("mxfp8", False, True),
+        ("nvfp4", True, False),  # TE's grouped GEMM takes counts from the CPU
     ],
 )
-def test_formats_and_backends(number_format: Format, backend: Backend, expected: bool) -> None:
+def test_formats_and_backends(number_format: Format, native: bool, expected: bool) -> None:
     run = tiny_run(1, dtype="bf16")
     run = replace(run, precision=replace(run.precision, default=number_format))
-    assert keeps_counts_on_device(run, backend) is expected
+    assert keeps_counts_on_device(run, native=native) is expected
 
 
 @pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2, "ep": 2}, {"tp": 2}])
 def test_layouts(layout: dict[str, int]) -> None:
-    assert keeps_counts_on_device(tiny_run(2, dtype="bf16", **layout), "none") is True
+    assert keeps_counts_on_device(tiny_run(2, dtype="bf16", **layout), native=False) is True
 
 
 @pytest.mark.parametrize(
@@ -42,4 +44,12 @@ def test_layouts(layout: dict[str, int]) -> None:
     ],
 )
 def test_runs_that_cannot(options: dict[str, Any]) -> None:
-    assert keeps_counts_on_device(tiny_run(2, **{"dtype": "bf16"} | options), "none") is False
+    assert keeps_counts_on_device(tiny_run(2, **{"dtype": "bf16"} | options), native=False) is False
+
+
+@pytest.mark.parametrize("module", ["moe_act", "layernorm"])
+def test_the_torch_spec_refuses_to_recompute_what_needs_transformer_engine(module: str) -> None:
+    run = tiny_run(1, recompute="selective", recompute_modules=(module, "moe"))
+    with pytest.raises(UserError, match=module):
+        check_supported(run, select("cpu"), "torch")
+    check_supported(run, select("cpu"), "te")

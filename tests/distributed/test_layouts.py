@@ -24,6 +24,7 @@ GRADIENT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-6
 """A mean over 256 tokens of float32 losses near 4.2: one part in 2^-20."""
 
+RECOMPUTED: dict[str, Any] = {"recompute": "selective", "recompute_modules": ("moe", "core_attn")}
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "dp2": {},
     "dp2_plain": {"distributed_optimizer": False},
@@ -31,6 +32,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
     "tp2_ep2": {"tp": 2, "ep": 2},
     "ep2": {"ep": 2},
+    "ep2_gathered": {"ep": 2, "dispatcher": "allgather"},
+    "tp2_ep2_gathered": {"tp": 2, "ep": 2, "dispatcher": "allgather"},
     "cp2": {"cp": 2},
     "pp2": {"pp": 2},
     "pp2_vpp2": {"pp": 2, "vpp": 2, "stack": "ME|M*|ME|-*"},
@@ -38,11 +41,12 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
 FOUR_RANKS: dict[str, dict[str, Any]] = {
     "tp2_pp2_ep2": {"tp": 2, "pp": 2, "ep": 2},
     "cp2_ep2_dp2": {"cp": 2, "ep": 2},
+    "ep4_gathered": {"ep": 4, "dispatcher": "allgather"} | RECOMPUTED,
 }
 ONE_RANK: dict[str, dict[str, Any]] = {
     "one": {},
     "recompute_full": {"recompute": "full"},
-    "recompute_selective": {"recompute": "selective", "recompute_modules": ("moe", "core_attn")},
+    "recompute_selective": RECOMPUTED,
 }
 
 

@@ -11,6 +11,8 @@ from traffic import traffic
 
 HIDDEN, LATENT, TOP_K, MOE_LAYERS, FP32 = 32, 8, 2, 4, 4
 """Of ``tiny_run``: two MoE layers in the stack, and one block of MTP twice."""
+TOKENS = GLOBAL_BATCH * SEQ_LENGTH // 2
+"""Of a rank, which it sends to one other."""
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,7 @@ def measured() -> list[dict[str, Any]]:
     worlds = {
         "latent": {"ep": 2, "latent": LATENT},
         "standard": {"ep": 2, "latent": None},
+        "gathered": {"ep": 2, "latent": LATENT, "dispatcher": "allgather"},
         "tensor": {"tp": 2, "stack": "MM*-", "mtp_depths": 0},
         "tensor and MTP": {"tp": 2, "stack": "M*"},
         "context": {"cp": 2, "stack": "MM*", "mtp_depths": 0},
@@ -53,6 +56,14 @@ def test_latent_experts_exchange_hidden_over_latent_times_less(measured: list[di
 
 def test_mamba_exchanges_sequence_for_heads_as_planned(measured: list[dict[str, Any]]) -> None:
     for rank in (each["context"] for each in measured):
+        assert rank["tokens"] + rank["gates"] == rank["planned"]["all-to-all"]
+
+
+def test_gathering_experts_exchange_what_the_plan_says(measured: list[dict[str, Any]]) -> None:
+    """Whatever the routing: tokens once to the other rank, sums back, and gates of the other rank's experts."""
+    for rank in (each["gathered"] for each in measured):
+        assert rank["gathered"] == rank["planned"]["all-gather"] == 2 * MOE_LAYERS * LATENT * FP32 * TOKENS
+        assert rank["scattered"] == rank["planned"]["reduce-scatter"]
         assert rank["tokens"] + rank["gates"] == rank["planned"]["all-to-all"]
 
 

@@ -27,7 +27,7 @@ class Traffic:
     gates: int = 0
     """Bytes of vectors."""
     gathered: int = 0
-    """Bytes sent to others by tensor parallel all-gathers."""
+    """Bytes sent to others by all-gathers of tensor parallel ranks, and of experts."""
     scattered: int = 0
     """And by reduce-scatters."""
     rows_away: int = 0
@@ -56,9 +56,10 @@ def counted(trainer: Trainer) -> Iterator[Traffic]:
     seen = Traffic()
     exchange, preprocess = torch.distributed.all_to_all_single, MoEAlltoAllTokenDispatcher.preprocess
     places = [(module, name) for module in (layers, mappings) for name in (_GATHER, _SCATTER) if hasattr(module, name)]
+    places += [(torch.distributed, name) for name in _OF_EXPERTS]
     originals = [getattr(module, name) for module, name in places]
     for (module, name), original in zip(places, originals, strict=True):
-        setattr(module, name, _along_sequence(original, seen, is_gather=name == _GATHER))
+        setattr(module, name, _along_sequence(original, seen, is_gather="gather" in name))
     torch.distributed.all_to_all_single = _exchange(exchange, seen)
     MoEAlltoAllTokenDispatcher.preprocess = _preprocess(preprocess, seen, trainer.groups.ep.rank())
     try:
@@ -72,6 +73,8 @@ def counted(trainer: Trainer) -> Iterator[Traffic]:
 
 _GATHER, _SCATTER = "dist_all_gather_func", "dist_reduce_scatter_func"
 """Megatron-Core's names for the collectives of sequence parallelism."""
+_OF_EXPERTS = "all_gather_into_tensor", "reduce_scatter_tensor"
+"""What ``model/gathered.py`` calls; Megatron-Core holds these functions under names of its own."""
 
 
 def _along_sequence(original: Callable[..., Any], seen: Traffic, *, is_gather: bool) -> Callable[..., Any]:

@@ -37,7 +37,7 @@ def losses(isolate_documents: bool) -> dict[str, Any]:
                 result = train_step(trainer, batches(trainer, step), trainer.run.stages[0], 1e-3)
                 found.append([*result.losses, result.update.grad_norm])
                 if step == 3:
-                    found.append([*evaluate(trainer, iter(batches(trainer, 77)), trainer.run.stages[0]), 0.0])
+                    found.append([*evaluate(trainer, iter(batches(trainer, 77)), trainer.run.stages[0]).depths, 0.0])
             results[mode] = found
             results[f"{mode} captures"] = len(trainer.captured._captures) if trainer.captured else 0
     return results

@@ -37,7 +37,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
     "tp2_ep2": {"tp": 2, "ep": 2},
     "ep2": {"ep": 2},
+    "ep2_gathered": {"ep": 2, "dispatcher": "allgather"},
+    "ep2_overlap": {"ep": 2, "dispatcher": "allgather", "overlap": True},
     "cp2": {"cp": 2, "isolate_documents": False},
+    "cp2_isolated": {"cp": 2},
     "pp2": {"pp": 2},
     "pp2_vpp2": {"pp": 2, "vpp": 2, "stack": "ME|M*|ME|-*"},
 }

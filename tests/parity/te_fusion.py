@@ -35,9 +35,14 @@ def _gradients(
     with lowered(options, "emulated", policy, device_counts=device_counts, fused=fused) as (_, trainer):
         import layouts
 
+        from nemotron3_megatron.model.wgrad import spacing
         from nemotron3_megatron.train.step import accumulate_gradients
 
         chunk, steps = trainer.chunks[0], []
+        for module in chunk.modules():
+            if hasattr(module, "announces_gradients"):  # all experts' weights are one tensor
+                weights = [module.get_parameter(f"weight{i}") for i in range(module.num_gemms)]
+                assert (spacing(weights) or 0) >= weights[0].numel()
         if not repaired:
             for module in chunk.mtp.modules():
                 if hasattr(module, "disable_parameter_transpose_cache"):

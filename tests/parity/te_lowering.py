@@ -67,7 +67,7 @@ def lowered(
             return CpuPlatform.megatron_flags(self, "torch") | te_flags
 
     _set(layouts, select=lambda device: TePlatform())
-    _set(builder, stack_spec=lambda run, *_: _stack(run.model, device_counts=device_counts))
+    _set(builder, stack_spec=lambda run, *_: _stack(run, device_counts=device_counts))
     with layouts.started(options, make_run) as trainer:
         if quantised:
             lower(plan, trainer.chunks, backend)
@@ -89,9 +89,10 @@ def _set(module: ModuleType, **names: Any) -> None:
     vars(module).update(names)
 
 
-def _stack(model: Any, *, device_counts: bool) -> Any:
+def _stack(run: Any, *, device_counts: bool) -> Any:
     from megatron.core.extensions import transformer_engine as te
 
+    from nemotron3_megatron.config.experts import gathers_tokens
     from nemotron3_megatron.model.attention import DocumentAttention
     from nemotron3_megatron.model.hybrid import TorchHybridStack
     from nemotron3_megatron.model.layers import RMSNorm
@@ -107,9 +108,9 @@ def _stack(model: Any, *, device_counts: bool) -> Any:
         row_linear=te.TERowParallelLinear,
         core_attention=DocumentAttention,
         mixer=TorchMambaMixer,
-        moe=expert_layer(model.num_moe_experts, device_counts=device_counts),
+        moe=expert_layer(run.model.num_moe_experts, device_counts=device_counts, gathers=gathers_tokens(run)),
     )
-    return stack_spec(classes, model.mamba_chunk_size)
+    return stack_spec(classes, run.model.mamba_chunk_size)
 
 
 def each(what: str, worlds: dict[str, tuple[dict[str, Any], str]]) -> dict[str, Recorded]:
@@ -233,7 +234,9 @@ def emulated(options: dict[str, Any], policy: str) -> Recorded:
 
 
 def _weights(module: Any) -> list[Tensor]:
-    return [parameter for name, parameter in module.named_parameters() if name.startswith("weight")]
+    """In the order of experts, whatever the order of registration."""
+    found = {name: parameter for name, parameter in module.named_parameters() if name.startswith("weight")}
+    return [found[name] for name in sorted(found, key=lambda name: (len(name), name))]
 
 
 def single_modules() -> dict[str, bool]:

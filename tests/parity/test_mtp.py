@@ -81,8 +81,8 @@ def our_results(ours: Nemotron3Model, model: ModelConfig, isolated: bool) -> tup
         loss, _, parts = weighted_loss(losses, batch.loss_mask, weights)
         loss.backward()
         sums = sums + parts
-    gradients = {name: p.grad / weights.counts[0] for name, p in ours.named_parameters() if p.grad is not None}
-    return mean_losses(sums, weights), gradients
+    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    return list(mean_losses(sums, weights)().depths), gradients
 
 
 class StraightforwardMTP:

@@ -57,6 +57,7 @@ EMULATED: dict[str, tuple[int, dict[str, Any], str]] = {
     "device_counts": (1, {"device_counts": True}, "{default: nvfp4, nvfp4: {stochastic_rounding: null}}"),
     "device_counts_mxfp8": (1, {"device_counts": True}, ALL_MXFP8),
     "ep2_device_counts": (2, {"ep": 2, "device_counts": True}, "{default: nvfp4, nvfp4: {stochastic_rounding: null}}"),
+    "ep2_gathered": (2, {"ep": 2, "dispatcher": "allgather", "device_counts": True}, ALL_MXFP8),
     "tp2_ep2_device_counts": (2, {"tp": 2, "ep": 2, "device_counts": True}, ALL_MXFP8),
     "tp2_ep2": (2, {"tp": 2, "ep": 2}, "{default: nvfp4, nvfp4: {stochastic_rounding: null}}"),
     "tp2_mxfp8": (2, {"tp": 2}, ALL_MXFP8),

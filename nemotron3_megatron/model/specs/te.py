@@ -21,19 +21,28 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from nemotron3_megatron.model.attention import gather_sequence, zigzag_slices
 from nemotron3_megatron.model.device_counts import (
     DeviceCountsColumnLinear,
     DeviceCountsGroupedMLP,
     DeviceCountsMoELayer,
     DeviceCountsRowLinear,
 )
+from nemotron3_megatron.model.gathered import GatheringMoELayer
 from nemotron3_megatron.model.mixer import FusedMambaMixer
 from nemotron3_megatron.model.router import Float32Router
+from nemotron3_megatron.model.segments import segment_attention
 from nemotron3_megatron.model.specs.stack import StackClasses, stack_spec
 
 
 class DocumentTEAttention(TEDotProductAttention):  # type: ignore[misc]
-    """Transformer Engine attention that isolates documents by its variable-length (``thd``) kernels."""
+    """Transformer Engine attention that isolates documents by its variable-length (``thd``) kernels.
+
+    Under context parallelism Transformer Engine wants every document cut over the ranks; ours lie whole, as without
+    documents, so each rank attends from its own queries to gathered keys (``model/segments.py``).
+    """
+
+    cp_group: Any
 
     def forward(
         self,
@@ -50,6 +59,10 @@ class DocumentTEAttention(TEDotProductAttention):  # type: ignore[misc]
         if packed_seq_params is None:
             plain: Tensor = super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, **kwargs)
             return plain
+        if self.cp_group is not None:
+            keys, values = (gather_sequence(each, self.cp_group) for each in (key, value))
+            slices = zigzag_slices(len(keys), self.cp_group.rank(), self.cp_group.size())
+            return segment_attention(query, keys, values, packed_seq_params.seq_idx, slices, self._segments)
         length, batch = query.shape[:2]
         rows = [t.transpose(0, 1).reshape(batch * length, *t.shape[2:]) for t in (query, key, value)]
         boundaries = packed_seq_params.cu_seqlens_q
@@ -67,6 +80,32 @@ class DocumentTEAttention(TEDotProductAttention):  # type: ignore[misc]
         )
         return packed.reshape(batch, length, -1).transpose(0, 1).contiguous()
 
+    def _segments(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_ends: Tensor,
+        key_ends: Tensor,
+        longest_query: int,
+        longest_key: int,
+    ) -> Tensor:
+        """``segments.VariableLength`` on this rank alone."""
+        group, self.cp_group = self.cp_group, None
+        out: Tensor = super(TEDotProductAttention, self).forward(
+            query,
+            key,
+            value,
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            cu_seqlens_q=query_ends,
+            cu_seqlens_kv=key_ends,
+            max_seqlen_q=longest_query,
+            max_seqlen_kv=longest_key,
+        )
+        self.cp_group = group
+        return out
+
 
 def _boundaries(documents: Tensor) -> Tensor:
     """Cumulative lengths (n + 1,) int32 of the documents in the rows of documents (B, S), rows end to end."""
@@ -76,13 +115,14 @@ def _boundaries(documents: Tensor) -> Tensor:
     return torch.cat([first, first.new_tensor([documents.numel()])])
 
 
-def te_stack_spec(chunk_size: int, num_experts: int, *, device_counts: bool) -> ModuleSpec:
+def te_stack_spec(chunk_size: int, num_experts: int, *, device_counts: bool, gathers: bool = False) -> ModuleSpec:
     """Spec of the hybrid stack.
 
     Args:
         chunk_size: the Mamba-2 scan's, in tokens.
         num_experts: of each MoE layer.
         device_counts: see :func:`expert_layer`.
+        gathers: likewise.
     """
     return stack_spec(
         StackClasses(
@@ -93,27 +133,26 @@ def te_stack_spec(chunk_size: int, num_experts: int, *, device_counts: bool) -> 
             row_linear=TERowParallelLinear,
             core_attention=DocumentTEAttention,
             mixer=FusedMambaMixer,
-            moe=expert_layer(num_experts, device_counts=device_counts),
+            moe=expert_layer(num_experts, device_counts=device_counts, gathers=gathers),
         ),
         chunk_size,
     )
 
 
-def expert_layer(num_experts: int, *, device_counts: bool) -> partial[Any]:
+def expert_layer(num_experts: int, *, device_counts: bool, gathers: bool = False) -> partial[Any]:
     """The MoE layer's class with its submodules.
 
     Args:
         num_experts: of each layer.
         device_counts: experts whose token counts stay on the GPU (``model/device_counts.py``).
+        gathers: experts that are sent every token of their group (``model/gathered.py``).
     """
     moe = get_moe_module_spec(use_te=True, num_experts=num_experts, moe_grouped_gemm=True)
     submodules = replace(moe.keywords["submodules"], router=Float32Router)
-    if not device_counts:
-        return partial(moe.func, submodules=submodules)
-    linears = GroupedMLPSubmodules(
-        linear_fc1=DeviceCountsColumnLinear, linear_fc2=DeviceCountsRowLinear, activation_func=None
-    )
-    return partial(
-        DeviceCountsMoELayer,
-        submodules=replace(submodules, experts=partial(DeviceCountsGroupedMLP, submodules=linears)),
-    )
+    layer = GatheringMoELayer if gathers else DeviceCountsMoELayer if device_counts else moe.func
+    if device_counts:
+        linears = GroupedMLPSubmodules(
+            linear_fc1=DeviceCountsColumnLinear, linear_fc2=DeviceCountsRowLinear, activation_func=None
+        )
+        submodules = replace(submodules, experts=partial(DeviceCountsGroupedMLP, submodules=linears))
+    return partial(layer, submodules=submodules)

@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemotron3_megatron.model.attention import DocumentAttention
+from nemotron3_megatron.model.gathered import GatheringTorchMoELayer
 from nemotron3_megatron.model.hybrid import TorchHybridStack
 from nemotron3_megatron.model.layers import (
     ColumnParallelGroupedLinear,
@@ -26,8 +27,12 @@ from nemotron3_megatron.model.router import Float32Router
 from nemotron3_megatron.model.specs.stack import StackClasses, stack_spec
 
 
-def torch_stack_spec(chunk_size: int) -> ModuleSpec:
-    """Spec of the hybrid stack; ``chunk_size`` is the Mamba-2 scan's, in tokens.
+def torch_stack_spec(chunk_size: int, *, gathers: bool = False) -> ModuleSpec:
+    """Spec of the hybrid stack.
+
+    Args:
+        chunk_size: the Mamba-2 scan's, in tokens.
+        gathers: experts that are sent every token of their group (``model/gathered.py``).
 
     Experts use ``TEGroupedMLP``, which without its fused path is plain routing around the grouped linears it is
     given, so names and checkpoints match those of Transformer Engine's grouped experts.
@@ -51,7 +56,8 @@ def torch_stack_spec(chunk_size: int) -> ModuleSpec:
             core_attention=DocumentAttention,
             mixer=TorchMambaMixer,
             moe=partial(
-                TorchMoELayer, submodules=MoESubmodules(router=Float32Router, experts=experts, shared_experts=shared)
+                GatheringTorchMoELayer if gathers else TorchMoELayer,
+                submodules=MoESubmodules(router=Float32Router, experts=experts, shared_experts=shared),
             ),
         ),
         chunk_size,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron3_megatron.model.wgrad import add_weight_gradients
+from nemotron3_megatron.model.wgrad import add_weight_gradients, placeholder
 from nemotron3_megatron.precision.emulation.read import Read, default_generator, read
 from nemotron3_megatron.precision.operands import Gemms
 
@@ -147,7 +147,10 @@ class _GroupedProduct(torch.autograd.Function):
             stacked = weights.view(len(parameters), *parameters[0].shape)
             dx = padded.unpad(torch._grouped_mm(rows_dy.values, stacked, offs=offsets[1:]))
         if columns_dy is not None:
-            dw = torch._grouped_mm(columns_dy.values.t(), columns, offs=offsets[1:]).unbind()
+            product = torch._grouped_mm(columns_dy.values.t(), columns, offs=offsets[1:])
             if ctx.fused:
-                dw = add_weight_gradients(dw, parameters)
+                add_weight_gradients(product, parameters)
+                dw = [placeholder(parameter) for parameter in parameters]
+            else:
+                dw = product.unbind()
         return dx, None, None, None, None, *dw

@@ -14,10 +14,11 @@ from nemotron3_megatron.telemetry.records import EvalRecord, Health, OperandReco
 from nemotron3_megatron.telemetry.throughput import tokens_per_second
 from nemotron3_megatron.telemetry.writers import Writer
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
+from nemotron3_megatron.train.loss import Losses
 
 _log = logging.getLogger(__name__)
 
-Evaluate = Callable[[StepEvent], tuple[float, ...]]
+Evaluate = Callable[[StepEvent], Losses]
 
 
 class Recording(Callback):
@@ -78,6 +79,7 @@ class Recording(Callback):
             precision_backend=self._backend,
             precision=self._operands(),
             health=self._health(),
+            tags=dict(event.result.tags),
             time_s=time.time(),
         )
         for writer in self._writers:
@@ -111,7 +113,8 @@ class Validation(Callback):
         due = self._every is not None and (event.step % self._every == 0 or event.last)
         if not due:
             return
-        main, *depths = self._evaluate(event)
+        losses = self._evaluate(event)
+        main, *depths = losses.depths
         record = EvalRecord(
             step=event.step,
             tokens=event.tokens,
@@ -119,6 +122,7 @@ class Validation(Callback):
             validation_loss=main,
             mtp_losses=tuple(depths),
             health=self._health(),
+            tags=dict(losses.tags),
         )
         for writer in self._writers:
             writer.write_eval(record)

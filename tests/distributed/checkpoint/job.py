@@ -24,6 +24,7 @@ from nemotron3_megatron.model.builder import build_model
 from nemotron3_megatron.parallel.groups import start_groups
 from nemotron3_megatron.train.optimizer import build_optimizer, wrap_data_parallel
 from nemotron3_megatron.train.step import Trainer, configure_schedule, train_step
+from nemotron3_megatron.train.updates import MegatronUpdates
 
 
 @contextmanager
@@ -40,7 +41,8 @@ def running(run: Run) -> Iterator[Trainer]:
     platform = platforms.select("cpu")
     groups = start_groups(run, platform, timeout_s=200)
     model = wrap_data_parallel(build_model(run, platform, groups), run, groups)
-    trainer = Trainer(run, platform, groups, model, build_optimizer(model, run, groups))
+    optimizer = build_optimizer(model, run, groups)
+    trainer = Trainer(run, platform, groups, model, optimizer, MegatronUpdates(optimizer))
     configure_schedule(trainer)
     try:
         yield trainer

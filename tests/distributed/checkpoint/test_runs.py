@@ -1,4 +1,4 @@
-"""The real ``train.py`` with ``checkpoint.async_save``: a killed worker, a killed rank, a second job.
+"""The real ``train.py`` with ``checkpoint.async_save``: SIGTERM, a killed worker, a killed rank, a second job.
 
 Every run ends, after whatever happened, with the very numbers of a run that saved in the usual way undisturbed.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,30 @@ def test_killed_rank_and_a_second_job(data: Path, tmp_path: Path, expected: list
     assert "continuing from" in outcome.output
     assert _numbers(tmp_path) == expected
     assert not (tmp_path / "run.lock").exists()
+
+
+def test_preempted_while_the_worker_writes(data: Path, tmp_path: Path, expected: list[dict[str, object]]) -> None:
+    """Both checkpoints are finished, the one under way and that of the step boundary, and nothing is left behind."""
+    command = overrides(tmp_path, data, ASYNC, "checkpoint.keep_last=null")
+    with Start(command) as start:
+        workers = [_when(partial(_worker, start, rank)) for rank in range(2)]
+        start.signal_when(lambda: ".step_00000004.partial" in checkpoints(tmp_path), 1, signal.SIGTERM, 400)
+        preempted = start.wait(400)
+    assert preempted.codes == (75, 75), preempted.output
+    assert "SIGTERM: saving at the next step boundary" in preempted.output
+    last = len(records(tmp_path))
+    assert 4 <= last < STEPS
+    saved = sorted({2, 4, last})
+    assert checkpoints(tmp_path) == [f"step_{step:08d}" for step in saved]
+    for path in (tmp_path / "checkpoints").iterdir():
+        manifest.verify_contents(manifest.verify(path), path)
+    assert not any(worker.is_running() for worker in workers)
+    assert not (tmp_path / "run.lock").exists()
+
+    outcome = ended(command)
+    assert outcome.codes == (0, 0), outcome.output
+    assert f"continuing from {tmp_path}/checkpoints/step_{last:08d}" in outcome.output
+    assert _numbers(tmp_path) == expected
 
 
 def _numbers(run_dir: Path) -> list[dict[str, object]]:

@@ -56,6 +56,8 @@ def refused(world_size: int, *overrides: str) -> UserError:
         (2, ["parallel.recompute=selective"], "parallel.recompute=selective", "recompute_modules"),
         (2, ["parallel.recompute_modules=[moe]"], "parallel.recompute_modules=[moe]", "selective"),
         (2, ["parallel.moe_token_dispatcher_type=flex", "device=cpu"], "parallel.moe_token", "alltoall"),
+        (2, ["parallel.ep=1", "parallel.etp=2", "parallel.tp=2", "parallel.moe_token_dispatcher_type=allgather"],
+         "parallel.moe_token_dispatcher_type=allgather", "parallel.etp=1"),
         (2, ["optimizer.lr_wsd_decay=null"], "optimizer.lr_wsd_decay=null", "cosine"),
         (2, ["optimizer.lr_decay_style=cosine"], "optimizer.lr_wsd_decay", "null"),
         (2, ["optimizer.lr_warmup='3M tokens'"], "optimizer.lr_warmup=3M tokens", "'800128 tokens'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,9 +91,11 @@ def join(parts: list[torch.Tensor]) -> torch.Tensor:
 def test_shards_reassemble(cp_size: int) -> None:
     generator = torch.Generator().manual_seed(1)
     windows = torch.randint(0, 5, (2, 33), generator=generator)
-    whole = build_micro_batch(windows, mtp_depths=2, eod_token=EOD, isolate_documents=True)
+    tags = torch.tensor([[True, False], [False, True]])
+    whole = replace(build_micro_batch(windows, mtp_depths=2, eod_token=EOD, isolate_documents=True), tags=tags)
     shards = [whole.shard(rank, cp_size) for rank in range(cp_size)]
-    for name in MicroBatch.__slots__:
+    assert all(torch.equal(shard.tags, tags) for shard in shards), "tags are of whole sequences"
+    for name in set(MicroBatch.__slots__) - {"tags"}:
         parts = [getattr(shard, name) for shard in shards]
         assert all(part.shape[-1] == 32 // cp_size for part in parts)
         if cp_size > 1:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch
 from nemotron3_megatron.data.training import TrainingData, ValidationData
 
@@ -26,7 +28,8 @@ def tokens_of(steps: list[list[MicroBatch]]) -> list[list[list[int]]]:
 
 
 def same(a: MicroBatch, b: MicroBatch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in MicroBatch.__slots__)
+    pairs = ((getattr(a, name), getattr(b, name)) for name in MicroBatch.__slots__)
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize("num_prefetch", [0, 1, 3])
@@ -69,6 +72,31 @@ def test_context_parallel_ranks_share_the_sequence(make_run, make_stage, two_sou
     for cp_rank in range(2):
         part = TrainingData(run, 0, 1, cp_rank, 2).next_step(stage)
         assert all(same(x, y.shard(cp_rank, 2)) for x, y in zip(part, whole, strict=True))
+
+
+def tagged(run: Run, **tags: str) -> Run:
+    """The run with tags for its sources, and a validation source that is tagged ``math``."""
+    sources = {name: replace(source, tag=tags.get(name, "")) for name, source in run.data.sources.items()}
+    validation = {"held_out": replace(sources["a"], tag="math")}
+    return replace(run, data=replace(run.data, sources=sources, validation=validation))
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_every_sequence_carries_the_tag_of_its_source(make_run, make_stage, two_sources, dp: int) -> None:
+    """Tags are those of sources in the order of the recipe, then of validation: code, untagged, math."""
+    run, stage = tagged(make_run(two_sources), a="code"), make_stage(dp=dp, micro_batch_size=2)
+    ranks = [TrainingData(run, rank, dp, 0, 1) for rank in range(dp)]
+    parts = [rank.next_step(stage) for rank in ranks]
+    rows = [row for m in range(stage.num_microbatches) for part in parts for row in part[m].tags.tolist()]
+    assert {name for name, _ in ranks[0].samples} == {"a", "b"}
+    assert rows == [[name == "a", name == "b", False] for name, _ in ranks[0].samples]
+    held_out = ValidationData(run, 0, 1, 0, 1).batches(make_stage())
+    assert all(row == [False, False, True] for batch in held_out for row in batch.tags.tolist())
+
+
+def test_without_different_tags_nothing_is_carried(make_run, make_stage, two_sources) -> None:
+    for run in (make_run(two_sources), tagged(make_run({"a": two_sources["a"]}), a="math")):
+        assert all(batch.tags is None for batch in TrainingData(run, 0, 1, 0, 1).next_step(make_stage()))
 
 
 def test_shares_and_no_repetition_within_an_epoch(make_run, make_stage, two_sources) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,35 @@ def long_documents(directory: Path, split: str = "train") -> tuple[list[list[int
 
 def text_of(directory: Path, ids: list[int]) -> str:
     return load_tokenizer(directory).decode(ids)
+
+
+def test_both_preparations_hold_out_the_same_repositories(prepare, tmp_path: Path) -> None:
+    """Files of a held-out package, alone or put together, are on one side; files beside packages are of none."""
+    for package in range(12):
+        for name in ("one", "two", "three"):
+            path = tmp_path / "code" / f"package{package}" / f"{name}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"# package {package} file {name}\n" * 3)
+    (tmp_path / "code" / "alone.py").write_text("# no package\n")
+    held_out = "validation_fraction=0.4"
+    assert prepare([tmp_path / "code"], "files", held_out, "validation_by=repository", *BPE) == 0
+    whole = ("+long.kind=repositories", "+long.lengths=[4096]")
+    assert prepare([tmp_path / "code"], "repositories", held_out, *whole, *BPE) == 0
+    packages = {}
+    for kind, split in product(("files", "repositories"), ("train", "validation")):
+        documents, _ = long_documents(tmp_path / kind, split)
+        texts = [text_of(tmp_path / kind, ids) for ids in documents]
+        packages[kind, split] = {found for text in texts for found in re.findall(r"# package (\d+) file", text)}
+    assert packages["files", "train"] == packages["repositories", "train"]
+    assert packages["files", "validation"] == packages["repositories", "validation"]
+    assert not packages["files", "train"] & packages["files", "validation"]
+    assert len(packages["files", "train"] | packages["files", "validation"]) == 12
+    assert packages["files", "validation"]
+
+
+def test_packed_text_cannot_hold_out_repositories(prepare, filler, capsys) -> None:
+    assert prepare([filler], "out", "+long.kind=pack", "validation_by=repository", *BPE) == 2
+    assert "validation_by=repository" in capsys.readouterr().err
 
 
 @pytest.fixture

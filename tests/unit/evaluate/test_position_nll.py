@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.data.indexed import IndexedTokens
-from nemotron3_megatron.evaluate.position_nll import buckets, draw_position_nll, long_windows
+from nemotron3_megatron.evaluate.position_nll import buckets, context_of, draw_position_nll, long_windows, pieces
 
 
 @pytest.fixture
@@ -40,4 +40,24 @@ def test_buckets_are_means_over_positions_and_windows(tmp_path: Path) -> None:
         assert each.error == pytest.approx(np.std(part.mean(axis=1), ddof=1) / np.sqrt(5))
         assert each.cumulative == pytest.approx(losses[:, : each.end].mean())
     draw_position_nll(tmp_path / "x.png", losses, found)
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_pieces_have_every_target_once(corpus: IndexedTokens) -> None:
+    window = next(long_windows(corpus, 32))
+    found = pieces(window, 8)
+    assert found.shape == (4, 9)
+    assert found[:, 1:].flatten().tolist() == window[1:].tolist()
+    assert found[:, :-1].flatten().tolist() == window[:-1].tolist()
+    assert pieces(window, 32).tolist() == [window.tolist()]
+
+
+def test_contexts_compare_window_with_window(tmp_path: Path) -> None:
+    """Windows differ by nats, each loses 0.1 or 0.3 more with less context: 0.2 above, whatever the windows' means."""
+    whole = np.repeat([[1.0], [5.0]], 64, axis=1)
+    limited = whole + np.array([[0.1], [0.3]])
+    found = context_of(16, limited, whole)
+    assert (found.tokens, found.nll) == (16, pytest.approx(3.2))
+    assert (found.above, found.error) == (pytest.approx(0.2), pytest.approx(0.1))  # sqrt(2) * 0.1 / sqrt(2)
+    draw_position_nll(tmp_path / "x.png", whole, buckets(whole), [found])
     assert (tmp_path / "x.png").stat().st_size > 1000

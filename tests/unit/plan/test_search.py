@@ -8,11 +8,11 @@ from itertools import product
 
 import pytest
 
+from nemotron3_megatron.accelerators import H200
 from nemotron3_megatron.cli import main
 from nemotron3_megatron.config import compose, resolve
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import Recipe
-from nemotron3_megatron.plan.hardware import H200
 from nemotron3_megatron.plan.memory import GIB, memory_plan
 from nemotron3_megatron.plan.search import RECOMPUTE, least_bytes, legal_runs, search, with_choice
 from nemotron3_megatron.plan.search_table import overrides

@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from nemotron3_megatron.accelerators import B200, GB200, GPUS, H100
 from nemotron3_megatron.config import compose, resolve
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.plan import report
 from nemotron3_megatron.plan.communication import Collective, Group, Operation, communication
-from nemotron3_megatron.plan.hardware import B200, GB200, GPUS, H100, gpu_of
+from nemotron3_megatron.plan.hardware import gpu_of
 from nemotron3_megatron.plan.published import comparisons
 from nemotron3_megatron.plan.roofline import NETWORK_EFFICIENCY, NVLINK_EFFICIENCY, collective_seconds
 from nemotron3_megatron.plan.time import estimate

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron3_megatron.telemetry import EvalRecord, OperandRecord, StepRecord
+from nemotron3_megatron.telemetry.records import TagLoss
 
 _numbers = st.floats(allow_nan=False, allow_infinity=False)
 _operands = st.builds(
@@ -21,6 +22,7 @@ _operands = st.builds(
     **{name: _numbers for name in ("flush_to_zero", "saturation", "relative_error", "amax")},
     **{name: _numbers for name in ("scale_min", "scale_max", "scale_zero", "scale_subnormal")},
 )
+_tags = st.dictionaries(st.text(), st.builds(TagLoss, loss=_numbers, tokens=st.integers(1)), max_size=3)
 _steps = st.builds(
     StepRecord,
     step=st.integers(1),
@@ -36,6 +38,7 @@ _steps = st.builds(
     skip_reason=st.text(),
     peak_memory_gib=st.none() | _numbers,
     precision=st.lists(_operands, max_size=3).map(tuple),
+    tags=_tags,
 )
 _evals = st.builds(
     EvalRecord,
@@ -44,6 +47,7 @@ _evals = st.builds(
     stage=st.text(),
     validation_loss=_numbers,
     mtp_losses=st.lists(_numbers, max_size=3).map(tuple),
+    tags=_tags,
 )
 
 
@@ -91,6 +95,16 @@ def test_operands_that_are_not_finite_are_null(
     assert math.isnan(again.amax)
     assert math.isnan(again.scale_min)
     assert again.layer is None
+
+
+def test_tags_stand_by_name_and_are_left_out_where_there_are_none(step: Callable[..., StepRecord]) -> None:
+    assert "tags" not in json.loads(step(1).to_json())
+    text = step(1, tags={"code": TagLoss(1.5, 7), "web": TagLoss(math.inf, 9)}).to_json()
+    found = json.loads(text, parse_constant=pytest.fail)["tags"]
+    assert found == {"code": {"loss": 1.5, "tokens": 7}, "web": {"loss": None, "tokens": 9}}
+    again = StepRecord.from_json(text).tags
+    assert again["code"] == TagLoss(1.5, 7)
+    assert math.isnan(again["web"].loss)
 
 
 def test_a_newer_version_s_keys_are_passed_over() -> None:

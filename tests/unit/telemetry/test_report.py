@@ -23,6 +23,7 @@ from nemotron3_megatron.config.serialize import to_json
 from nemotron3_megatron.telemetry import EvalRecord, OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.curves import draw_loss_curve, smoothed
 from nemotron3_megatron.telemetry.jsonlines import JsonLines
+from nemotron3_megatron.telemetry.records import TagLoss
 from nemotron3_megatron.telemetry.report import read_findings, report_main, summary
 
 Step = Callable[..., StepRecord]
@@ -141,6 +142,24 @@ def test_sampled_operands_are_drawn_and_summed_up(
     for name in ("precision_history.png", "precision_statistics.png"):
         assert f"wrote {run_dir / name}" in written
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_by_tag_are_drawn_and_tabulated(run_dir: Path, step: Step, evaluation: Evaluation) -> None:
+    """Code is read in every step, web in every other one; 100 steps of 10 tokens are 1.00k."""
+    code, web = TagLoss(2.0, 10), TagLoss(4.0, 30)
+    writer = JsonLines(run_dir, 0)
+    for number in range(1, 101):
+        writer.write(step(number, tags={"code": code, **({"web": web} if number % 2 else {})}))
+    writer.write_eval(dataclasses.replace(evaluation(100), tags={"code": TagLoss(2.25, 80)}))
+    writer.close()
+    report_main([f"run_dir={run_dir}"])
+    found = _Page()
+    found.feed((run_dir / "report.html").read_text())
+    first = found.cells.index("tokens with loss") + len(("tokens with loss", "training (smoothed)", "validation"))
+    rows = [cell for cell in found.cells[first:] if cell][:7]
+    assert rows == ["code", "1.00k", "2.0000", "2.2500", "web", "1.50k", "4.0000"]
+    picture = run_dir / "loss_by_tag.png"
+    assert all(pixels(picture, colour) > 1000 for colour in ("#1f77b4", "#ff7f0e"))  # the first colours of tab10
 
 
 def test_the_terminal_shows_curves_and_results(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

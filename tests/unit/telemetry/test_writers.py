@@ -15,6 +15,7 @@ from nemotron3_megatron.config import Run
 from nemotron3_megatron.telemetry import EvalRecord, OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.console import Console
 from nemotron3_megatron.telemetry.jsonlines import JsonLines, read_steps
+from nemotron3_megatron.telemetry.records import TagLoss
 from nemotron3_megatron.telemetry.tensorboard import TensorBoard
 from nemotron3_megatron.telemetry.writers import build_writers
 
@@ -49,6 +50,17 @@ def test_tensorboard_shows_operands_by_role(tmp_path: Path, step: Step, operands
     assert curve(tmp_path, f"{flushed}/gradient") == [(2, pytest.approx((0.1 + 0.3) / 2, rel=2**-23))]
     assert curve(tmp_path, f"{flushed}/gradient_columns") == [(2, pytest.approx(0.05, rel=2**-23))]
     assert curve(tmp_path, "precision/relative_error/mtp.eh_proj/weight") == [(2, pytest.approx(0.1, rel=2**-23))]
+
+
+def test_tensorboard_shows_losses_by_tag(tmp_path: Path, step: Step, evaluation: Evaluation) -> None:
+    writer = TensorBoard(tmp_path, None)
+    writer.write(step(1, tags={"code": TagLoss(1.5, 10), "synthetic web": TagLoss(2.5, 20)}))
+    writer.write(step(2, tags={"code": TagLoss(1.25, 30)}))
+    writer.write_eval(dataclasses.replace(evaluation(2), tags={"code": TagLoss(1.75, 40)}))
+    writer.close()
+    assert curve(tmp_path, "train/loss_of/code") == [(1, 1.5), (2, 1.25)]
+    assert curve(tmp_path, "train/loss_of/synthetic web") == [(1, 2.5)]
+    assert curve(tmp_path, "validation/loss_of/code") == [(2, 1.75)]
 
 
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path, step: Step) -> None:

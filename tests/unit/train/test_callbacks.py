@@ -15,14 +15,17 @@ from nemotron3_megatron.config import compose, resolve
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.platform import select
 from nemotron3_megatron.telemetry.jsonlines import JsonLines, read_evals, read_steps
+from nemotron3_megatron.telemetry.records import TagLoss
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent, Stop
 from nemotron3_megatron.train.callbacks.checkpointing import Checkpointing
 from nemotron3_megatron.train.callbacks.preemption import SIGNALS, Preemption
 from nemotron3_megatron.train.callbacks.recording import Recording, Validation
+from nemotron3_megatron.train.loss import Losses
 from nemotron3_megatron.train.optimizer import Update
 from nemotron3_megatron.train.step import StepResult
 
 APPLIED = Update(True, 1.5)
+TAGS = {"code": TagLoss(4.5, 100)}
 
 
 def tiny(*overrides: str) -> Run:
@@ -42,7 +45,7 @@ def drive(
             tokens=run.tokens_at(step),
             stage=run.stages[0],
             lr=1e-3,
-            result=StepResult((4.0 + step, 5.0, 6.0), update),
+            result=StepResult((4.0 + step, 5.0, 6.0), update, TAGS),
             step_time_s=0.5,
             last=step == run.total_steps,
         )
@@ -80,12 +83,12 @@ def test_checkpointing(overrides: tuple[str, ...], first: int, last: int, stop: 
 def test_validation(every: str, first: int, validated: list[int], tmp_path: Path) -> None:
     run = tiny(f"telemetry.eval_every={every}")
     writer = JsonLines(tmp_path, None)
-    drive(Validation(run, lambda event: (event.step / 2, 7.0, 8.0), [writer]), run, first, 9)
+    drive(Validation(run, lambda event: Losses((event.step / 2, 7.0, 8.0), TAGS), [writer]), run, first, 9)
     writer.close()
     records = read_evals(tmp_path)
     assert [record.step for record in records] == validated
     assert [record.validation_loss for record in records] == [step / 2 for step in validated]
-    assert all(record.mtp_losses == (7.0, 8.0) for record in records)
+    assert all((record.mtp_losses, record.tags) == ((7.0, 8.0), TAGS) for record in records)
 
 
 def test_validation_without_held_out_data(caplog: pytest.LogCaptureFixture) -> None:
@@ -100,9 +103,9 @@ def test_every_rank_validates_and_only_writers_write() -> None:
     run = tiny("telemetry.eval_every='3 steps'")
     evaluated: list[int] = []
 
-    def evaluate(event: StepEvent) -> tuple[float, ...]:
+    def evaluate(event: StepEvent) -> Losses:
         evaluated.append(event.step)
-        return (1.0,)
+        return Losses((1.0,))
 
     drive(Validation(run, evaluate, []), run, 0, 9)
     assert evaluated == [3, 6, 9]
@@ -113,6 +116,7 @@ def test_recording(tmp_path: Path) -> None:
     drive(Recording(run, select("cpu"), [JsonLines(tmp_path, None)]), run, 0, 2)
     first, second = read_steps(tmp_path)
     assert (first.step, first.loss, first.mtp_losses, first.grad_norm) == (1, 5.0, (5.0, 6.0), 1.5)
+    assert first.tags == second.tags == TAGS
     assert second.tokens == 2 * 16 * 256
     assert second.tokens_per_s == 16 * 256 / 0.5
     assert not second.skipped

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.data.batch import MicroBatch
-from nemotron3_megatron.train.loss import loss_weights, mean_losses, weighted_loss
+from nemotron3_megatron.telemetry.records import TagLoss
+from nemotron3_megatron.train.loss import Losses, loss_weights, mean_losses, weighted_loss
 
 CPU = torch.device("cpu")
 
@@ -51,10 +52,10 @@ def step(losses: list[Tensor], masks: list[Tensor], config: ModelConfig) -> tupl
     weights = loss_weights(batches, config, [], CPU)
     leaves = [loss.clone().requires_grad_() for loss in losses]
     parts = [weighted_loss(leaf, mask, weights) for leaf, mask in zip(leaves, masks, strict=True)]
-    tokens = sum(int(count) for _, count, _ in parts)
-    total = sum((scalar for scalar, _, _ in parts), start=torch.zeros(())) / max(tokens, 1)
+    assert all(int(count) == 0 for _, count, _ in parts)
+    total = sum((scalar for scalar, _, _ in parts), start=torch.zeros(()))
     total.backward()
-    reported = mean_losses(torch.stack([sums for _, _, sums in parts]).sum(dim=0), weights)
+    reported = list(mean_losses(torch.stack([sums for _, _, sums in parts]).sum(dim=0), weights)().depths)
     return float(total.detach()), [leaf.grad for leaf in leaves if leaf.grad is not None], reported
 
 
@@ -127,3 +128,44 @@ def test_counts_are_exact_beyond_float32() -> None:
     many = replace(micro_batch(torch.ones(1, 1, 1)), loss_mask=torch.ones(1).expand(1, 4097, 4097))
     weights = loss_weights([many], model(0), [], CPU)
     assert weights.counts.tolist() == [4097**2]
+
+
+def by_tag(losses: Tensor, mask: Tensor, tags: list[list[bool]], names: list[str]) -> Losses:
+    """(1 + D, b, s) losses and mask, in micro-batches of one sequence."""
+    config, rows = model(len(losses) - 1), torch.tensor(tags)
+    batches = [replace(micro_batch(mask[:, i : i + 1]), tags=rows[i : i + 1]) for i in range(len(tags))]
+    weights = loss_weights(batches, config, [], CPU)
+    parts = [
+        weighted_loss(losses[:, i : i + 1], batch.loss_mask, weights, batch.tags) for i, batch in enumerate(batches)
+    ]
+    return mean_losses(torch.stack([reported for _, _, reported in parts]).sum(dim=0), weights, names)()
+
+
+def test_main_loss_by_tag() -> None:
+    """Sequences of code lose 1, 3 and 5, those of the web 10; MTP's losses of 100 are of no tag."""
+    losses = torch.tensor([[[1.0, 3.0], [10.0, 10.0], [5.0, 7.0]], [[100.0, 100.0]] * 3])
+    mask = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]], [[1.0, 0.0]] * 3])
+    code, web = [True, False, False], [False, True, False]
+    found = by_tag(losses, mask, [code, web, code], ["code", "web", "absent"])
+    assert found == Losses((29 / 5, 100.0), {"code": TagLoss(3.0, 3), "web": TagLoss(10.0, 2)})
+
+
+def test_a_loss_that_is_not_finite_stays_with_its_tag() -> None:
+    losses = torch.tensor([[[1.0, math.inf], [2.0, 2.0]]])
+    found = by_tag(losses, torch.ones(1, 2, 2), [[True, False], [False, True]], ["bad", "good"])
+    assert found.tags == {"bad": TagLoss(math.inf, 2), "good": TagLoss(2.0, 2)}
+
+
+def test_tags_change_neither_loss_nor_gradient() -> None:
+    losses = torch.rand((3, 2, 6), generator=torch.Generator().manual_seed(1)) * 10
+    mask = torch.ones(3, 2, 6)
+    outcomes = []
+    for tags in (None, torch.tensor([[True, False], [False, True]])):
+        weights = loss_weights([replace(micro_batch(mask), tags=tags)], model(2), [], CPU)
+        leaf = losses.clone().requires_grad_()
+        total, tokens, reported = weighted_loss(leaf, mask, weights, tags)
+        total.backward()
+        outcomes.append(
+            (total.item(), tokens.item(), reported[:3].tolist(), leaf.grad.tolist(), weights.scales.tolist())
+        )
+    assert outcomes[0] == outcomes[1]
