@@ -156,7 +156,8 @@ def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer
 
 
 def choose_updates(optimizer: MegatronOptimizer) -> Updates:
-    """Prepared lists where everything is as they need it: CUDA, Transformer Engine's Adam, sharded FP32 state."""
+    """Prepared lists where everything is as they need it: CUDA, Transformer Engine's Adam, sharded FP32 state, one group
+    for the norms of dense and expert gradients."""
     try:
         from transformer_engine.pytorch.optimizers import FusedAdam
     except ImportError:
@@ -169,7 +170,8 @@ def choose_updates(optimizer: MegatronOptimizer) -> Updates:
         and not part.config.use_precision_aware_optimizer
         for part in parts
     )
-    if not (parts and fits and torch.cuda.is_available()):
+    one_norm = not hasattr(optimizer, "chained_optimizers") or optimizer.grads_states_parallel_group_is_shared()
+    if not (parts and fits and one_norm and torch.cuda.is_available()):
         return MegatronUpdates(optimizer)
     return PreparedUpdates(optimizer, TransformerEngineKernels())
 

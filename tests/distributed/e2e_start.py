@@ -67,6 +67,13 @@ def write_corpus(prefix: Path, *, seed: int, documents: int = 40) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
+def write_corpora(folder: Path) -> Path:
+    """Corpora ``train``, ``validation`` and ``more`` in ``folder``, which is returned."""
+    for seed, name in enumerate(("train", "validation", "more")):
+        write_corpus(folder / name, seed=seed)
+    return folder
+
+
 def overrides(run_dir: Path, data: Path, *more: str) -> list[str]:
     """The command line of a run on the corpora ``train`` and ``validation`` in ``data``;
     what ``more`` sets again replaces it."""

@@ -28,7 +28,6 @@ from e2e_start import (
     files_of_at_most,
     overrides,
     records,
-    write_corpus,
 )
 
 from nemotron3_megatron.config.serialize import from_json
@@ -37,23 +36,6 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 BITWISE = ("step", "tokens", "stage", "loss", "mtp_losses", "grad_norm", "lr", "skipped")
 """Fields of a record that do not depend on the clock."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for seed, name in enumerate(("train", "validation", "more")):
-        write_corpus(folder / name, seed=seed)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run directory of eight steps in one go."""
-    run_dir = tmp_path_factory.mktemp("undisturbed")
-    outcome = ended(overrides(run_dir, data), torchrun=True)
-    assert outcome.codes == (0,), outcome.output
-    return run_dir
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ with it a whole step: masters are compared to 1e-2, norms and losses to 2^-8, an
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from launch import run_ranks
-from updates_checks import compare
+from updates_checks import compare, resumed
 
 WORLDS: dict[str, dict[str, Any]] = {
     "bf16 dp2": {"dtype": "bf16"},
@@ -44,3 +45,13 @@ def test_all_kernels_were_used(world: str, results: list[dict[str, Any]]) -> Non
     halves = ["halves"] if world.startswith("bf16") else []
     for rank in (each[world] for each in results):
         assert rank["calls"] == [*halves, "scale", "wholes"]
+
+
+def test_resuming_from_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
+    """Moments and masters are read from, and into, the long tensors of which the optimizer's are views: bit for bit."""
+    options = {"dtype": "bf16", "ep": 2}
+    found: list[dict[str, Any]] = run_ranks(resumed, 2, folder=str(tmp_path), options=options)
+    for rank in found:
+        assert rank["distance"] == 0
+        assert rank["tensors"] > 100
+        assert rank["moved"] > 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from layouts import batches, started
 from torch import Tensor
 
+from nemotron3_megatron.checkpoint.store import CheckpointStore
 from nemotron3_megatron.train.step import train_step
 from nemotron3_megatron.train.updates import (
     MegatronUpdates,
@@ -77,3 +79,30 @@ def compare(worlds: dict[str, dict[str, Any]], ours: str = "reference") -> dict[
 
 def _farthest(a: list[Tensor], b: list[Tensor]) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True) if x.numel())
+
+
+def resumed(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A third step after two, in one go and from a checkpoint: how far masters and moments are apart, and how many."""
+    port = int(os.environ["MASTER_PORT"])
+    store = CheckpointStore(Path(folder))
+    seen = []
+    for turn in range(2):
+        os.environ["MASTER_PORT"] = str(port + turn)
+        with started(options) as whole:
+            trainer = replace(whole, updates=PreparedUpdates(whole.optimizer, ReferenceKernels()))
+            if turn == 0:
+                for step in range(2):
+                    train_step(trainer, batches(trainer, step), trainer.run.stages[0], 1e-2)
+                store.save(2, trainer.chunks, trainer.optimizer, {"step": 2}, keep_last=None)
+            else:
+                path = store.newest()
+                assert path is not None
+                store.load(path, trainer.chunks, trainer.optimizer)
+                for group in trainer.optimizer.param_groups:
+                    group["step"] = 2  # where Transformer Engine's Adam counts; torch's counts in its state
+            train_step(trainer, batches(trainer, 2), trainer.run.stages[0], 1e-2)
+            parts = distributed_parts(trainer.optimizer)
+            states = [part.optimizer.state[p] for part in parts for p in part.get_parameters()]
+            moments = [state[name].clone() for state in states for name in ("exp_avg", "exp_avg_sq")]
+            seen.append([p.detach().clone() for part in parts for p in part.get_parameters()] + moments)
+    return {"distance": _farthest(*seen), "tensors": len(seen[0]), "moved": float(seen[0][-1].abs().max())}

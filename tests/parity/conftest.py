@@ -32,7 +32,7 @@ from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.parallel.groups import start_groups, stop_groups
 from nemotron3_megatron.platform import select
 
-sys.path.insert(0, str(Path(__file__).parent))  # ``transplant``, shared by the tests here
+sys.path.insert(0, str(Path(__file__).parent))  # modules shared by the tests here
 
 
 @pytest.fixture

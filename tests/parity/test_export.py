@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import every_layer_kind
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transplant import transplant
@@ -33,29 +34,7 @@ LATENT = pytest.mark.parametrize("latent", [None, 16], ids=["moe", "latent_moe"]
 
 
 def architecture(latent: int | None) -> ModelConfig:
-    return ModelConfig(
-        pattern="MEM*-ME*M-E",
-        hidden_size=32,
-        vocab_size=96,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=12,
-        ffn_hidden_size=40,
-        mamba_num_heads=8,
-        mamba_head_dim=6,
-        mamba_state_dim=10,
-        mamba_num_groups=2,
-        mamba_chunk_size=16,
-        num_moe_experts=8,
-        moe_router_topk=3,
-        moe_ffn_hidden_size=24,
-        moe_shared_expert_intermediate_size=20,
-        moe_latent_size=latent,
-        moe_aux_loss_coeff=0.0,
-        mtp_pattern="*E",
-        mtp_depths=2,
-        init_method_std=0.2,
-    )
+    return every_layer_kind(latent, mtp_pattern="*E", mtp_depths=2)
 
 
 def recipe_of(model: ModelConfig, run_dir: Path) -> Recipe:

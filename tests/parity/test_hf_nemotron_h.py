@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import every_layer_kind
 from torch import Tensor
 from transplant import errors, in_double, their_names, transplant
 
@@ -26,34 +27,8 @@ Float64 = Callable[[], AbstractContextManager[None]]
 Document = tuple[int, slice]
 """Row of the batch and positions in it."""
 
-PATTERN = "MEM*-ME*M-E"
-"""Every layer kind, each after different neighbours."""
 LATENT = pytest.mark.parametrize("latent", [None, 16], ids=["moe", "latent_moe"])
 EOD = 0
-
-
-def architecture(latent: int | None) -> ModelConfig:
-    return ModelConfig(
-        pattern=PATTERN,
-        hidden_size=32,
-        vocab_size=96,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=12,
-        ffn_hidden_size=40,
-        mamba_num_heads=8,
-        mamba_head_dim=6,
-        mamba_state_dim=10,
-        mamba_num_groups=2,
-        mamba_chunk_size=16,
-        num_moe_experts=8,
-        moe_router_topk=3,
-        moe_ffn_hidden_size=24,
-        moe_shared_expert_intermediate_size=20,
-        moe_latent_size=latent,
-        moe_aux_loss_coeff=0.0,
-        init_method_std=0.2,
-    )
 
 
 def windows(ends: tuple[int, ...] = ()) -> Tensor:
@@ -98,7 +73,7 @@ ROWS: list[Document] = [(0, slice(0, 46)), (1, slice(0, 46))]
 @LATENT
 def test_same_function(latent: int | None, build: Build, nemotron_h: ModuleType, in_float64: Float64) -> None:
     """Logits and every gradient in float64: equal to 1e-10, so no epsilon, scale, order or bias differs."""
-    model = architecture(latent)
+    model = every_layer_kind(latent)
     ours = build(model)
     theirs = transplant(dict(ours.state_dict()), model, nemotron_h)
     ids = windows()
@@ -112,7 +87,7 @@ def test_same_function(latent: int | None, build: Build, nemotron_h: ModuleType,
 
 def test_packed_documents_are_separate_sequences(build: Build, nemotron_h: ModuleType, in_float64: Float64) -> None:
     """A packed row gives what transformers gives for each of its documents alone (of 1, 2, 18 and 25 tokens)."""
-    model = architecture(16)
+    model = every_layer_kind(16)
     ours = build(model)
     theirs = transplant(dict(ours.state_dict()), model, nemotron_h)
     ends = (0, 2, 20)
@@ -140,7 +115,7 @@ def test_float32_rounds_no_worse(
     Both do the same operations in another order: their errors are draws of one size, which the reference measures
     as its worst tensor of about 80. Ours may be the less lucky draw: 8 times, one decimal digit less 20 %.
     """
-    model = architecture(latent)
+    model = every_layer_kind(latent)
     ours = build(model)
     theirs = transplant(dict(ours.state_dict()), model, nemotron_h)
     ids = windows()

@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "distributed")]
-from e2e_start import write_corpus  # noqa: E402
+from e2e_start import write_corpora  # noqa: E402
 from lab import Lab  # noqa: E402
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "unshare")
@@ -32,7 +32,4 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for seed, name in enumerate(("train", "validation")):
-        write_corpus(folder / name, seed=seed)
-    return folder
+    return write_corpora(tmp_path_factory.mktemp("data"))

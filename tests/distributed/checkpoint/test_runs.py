@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e_start import STEPS, Start, checkpoints, ended, overrides, records, write_corpus
+from e2e_start import STEPS, Start, checkpoints, ended, overrides, records
 
 from nemotron3_megatron.checkpoint import manifest
 
@@ -24,20 +24,9 @@ BITWISE = ("step", "loss", "mtp_losses", "grad_norm", "lr")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for seed, name in enumerate(("train", "validation")):
-        write_corpus(folder / name, seed=seed)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """Numbers of an undisturbed run that waits for its checkpoints."""
-    run_dir = tmp_path_factory.mktemp("undisturbed")
-    outcome = ended(overrides(run_dir, data))
-    assert outcome.codes == (0, 0), outcome.output
-    return _numbers(run_dir)
+def expected(undisturbed: Path) -> list[dict[str, object]]:
+    """Numbers of a run that waits for its checkpoints."""
+    return _numbers(undisturbed)
 
 
 def test_killed_worker(data: Path, tmp_path: Path, expected: list[dict[str, object]]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_start import STEPS, Outcome, Start, overrides, records, write_corpus
+from e2e_start import STEPS, Outcome, Start, overrides, records
 
 from nemotron3_megatron.resilience.board import read_root_causes
 from nemotron3_megatron.telemetry.incidents import Incident, read_incidents
@@ -20,19 +20,8 @@ BITWISE = ("step", "tokens", "loss", "mtp_losses", "grad_norm", "lr")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for seed, name in enumerate(("train", "validation")):
-        write_corpus(folder / name, seed=seed)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    run_dir = tmp_path_factory.mktemp("undisturbed")
-    outcome = ended(overrides(run_dir, data))
-    assert outcome.codes == (0, 0), outcome.output
-    return bitwise(run_dir)
+def expected(undisturbed: Path) -> list[dict[str, Any]]:
+    return bitwise(undisturbed)
 
 
 def ended(arguments: list[str], *, torchrun: bool = False) -> Outcome:
@@ -53,14 +42,14 @@ def faulty(run_dir: Path, data: Path, faults: str, *more: str) -> list[str]:
 
 
 def test_a_killed_rank_is_restarted_by_torchrun(
-    data: Path, undisturbed: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, expected: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``--max-restarts``: new processes, the newest checkpoint, the same losses to the bit."""
     monkeypatch.setenv("PET_MAX_RESTARTS", "1")  # what torchrun reads where no option is given
     run_dir = tmp_path / "run"
     outcome = ended(faulty(run_dir, data, "kill:rank=1,step=6"), torchrun=True)
     assert outcome.codes == (0,), outcome.output
-    assert bitwise(run_dir) == undisturbed
+    assert bitwise(run_dir) == expected
     starts = [incident.step for incident in read_incidents(run_dir) if incident.kind == "start"]
     assert starts == [0, 4]
     (cause,) = read_root_causes(run_dir)
@@ -97,7 +86,7 @@ def of_kind(run_dir: Path, kind: str) -> list[Incident]:
 
 
 def test_a_fault_that_does_not_come_back_leaves_no_trace(
-    troubled: tuple[Path, Outcome], undisturbed: list[dict[str, Any]]
+    troubled: tuple[Path, Outcome], expected: list[dict[str, Any]]
 ) -> None:
     """The second computation also draws the same random numbers for stochastic rounding."""
     run_dir, _ = troubled
@@ -105,11 +94,11 @@ def test_a_fault_that_does_not_come_back_leaves_no_trace(
     assert found.step == 3
     assert "non-finite gradients" in found.text
     assert "a fault of hardware" in found.text
-    assert bitwise(run_dir)[:4] == undisturbed[:4]
+    assert bitwise(run_dir)[:4] == expected[:4]
 
 
 def test_a_spike_is_rolled_back_and_its_data_skipped(
-    troubled: tuple[Path, Outcome], undisturbed: list[dict[str, Any]]
+    troubled: tuple[Path, Outcome], expected: list[dict[str, Any]]
 ) -> None:
     """Step 6 spikes, so the run goes on from the checkpoint of step 4 with the data of step 7 on."""
     run_dir, _ = troubled
@@ -122,7 +111,7 @@ def test_a_spike_is_rolled_back_and_its_data_skipped(
     assert [record["step"] for record in refused] == [6, 8]
     assert "nats above the median" in refused[0]["skip_reason"]
     again = [record["loss"] for record in records(run_dir)][6:8]
-    assert again != [record["loss"] for record in undisturbed][4:6], "the data of steps 5 and 6 must not come again"
+    assert again != [record["loss"] for record in expected][4:6], "the data of steps 5 and 6 must not come again"
     assert (run_dir / "checkpoints" / "abandoned_step_00000006").is_dir(), "saved in the step that was undone"
 
 
