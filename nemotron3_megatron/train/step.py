@@ -113,7 +113,7 @@ def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Sha
     trainer.updates.forget()
     weights = _weights(trainer, batches)
     sums = _run_schedule(trainer, batches, stage, weights, forward_only=False)
-    return mean_losses(sums, weights, tags_of(trainer.run.data))
+    return mean_losses(sums, weights, _tags(trainer, batches))
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], stage: Shape) -> L
     sums = _run_schedule(trainer, held_out, stage, weights, forward_only=True)
     for chunk in trainer.model:
         chunk.train()
-    return mean_losses(sums, weights, tags_of(trainer.run.data))()
+    return mean_losses(sums, weights, _tags(trainer, held_out))()
 
 
 def configure_schedule(trainer: Trainer) -> None:
@@ -143,6 +143,11 @@ def configure_schedule(trainer: Trainer) -> None:
 def _finalize(model: list[DistributedDataParallel], _tokens: Tensor | None, **groups: Any) -> None:
     """Reduce gradients; losses were divided by their tokens already."""
     finalize_model_grads(model, None, **groups)
+
+
+def _tags(trainer: Trainer, batches: list[MicroBatch]) -> tuple[str, ...]:
+    """Names of the tags that the micro-batches carry; made-up ones carry none."""
+    return tags_of(trainer.run.data) if any(batch.tags is not None for batch in batches) else ()
 
 
 def _weights(trainer: Trainer, batches: list[MicroBatch]) -> LossWeights:

@@ -156,8 +156,10 @@ def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer
 
 
 def choose_updates(optimizer: MegatronOptimizer) -> Updates:
-    """Prepared lists where everything is as they need it: CUDA, Transformer Engine's Adam, sharded FP32 state, one group
-    for the norms of dense and expert gradients."""
+    """Prepared lists where everything is as they need it.
+
+    That is: CUDA, Transformer Engine's Adam, sharded FP32 state, one group for the norms of dense and expert gradients.
+    """
     try:
         from transformer_engine.pytorch.optimizers import FusedAdam
     except ImportError:

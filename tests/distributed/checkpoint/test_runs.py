@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -95,8 +96,11 @@ def _numbers(run_dir: Path) -> list[dict[str, object]]:
 
 
 def _worker(start: Start, rank: int) -> psutil.Process | None:
-    children = psutil.Process(start._processes[rank].pid).children()
-    return next((child for child in children if "nemotron3_megatron.checkpoint.worker" in child.cmdline()), None)
+    for child in psutil.Process(start._processes[rank].pid).children():
+        with suppress(psutil.Error):  # ended meanwhile
+            if "nemotron3_megatron.checkpoint.worker" in child.cmdline():
+                return child
+    return None
 
 
 def _when[T](ready: Callable[[], T | None], timeout_s: float = 400) -> T:
