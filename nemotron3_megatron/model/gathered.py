@@ -51,8 +51,10 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         self._counts, self._rows = self.count_rows(self.routes)
 
     def receive(self) -> tuple[Tensor, Tensor]:
-        """Gathered tokens (R * T, H) and their gates (R * T, E)."""
-        return self._gathering.finish(self._gathered), self._gates
+        """Gathered tokens (R * T, H) and their gates (R * T, E), which are not kept here."""
+        gathered, gates = self._gathering.finish(self._gathered), self._gates
+        del self._gathered, self._gates
+        return gathered, gates
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of this rank's experts in the order of experts, their counts (E,) and their gates."""

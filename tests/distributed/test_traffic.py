@@ -65,6 +65,7 @@ def test_gathering_experts_exchange_what_the_plan_says(measured: list[dict[str, 
         assert rank["gathered"] == rank["planned"]["all-gather"] == 2 * MOE_LAYERS * LATENT * FP32 * TOKENS
         assert rank["scattered"] == rank["planned"]["reduce-scatter"]
         assert rank["tokens"] + rank["gates"] == rank["planned"]["all-to-all"]
+        assert rank["held"] == [], "tokens of all ranks stay in memory behind the layer"
 
 
 @pytest.mark.parametrize("world", ["tensor", "tensor and MTP"])

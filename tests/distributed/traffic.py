@@ -46,7 +46,10 @@ def traffic(worlds: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             for each in communication(trainer.run, 0):
                 if each.per == "layer":
                     planned[each.operation] = planned.get(each.operation, 0) + each.bytes
-            results[name] = {**asdict(seen), "planned": planned}
+            modules = [module for chunk in trainer.chunks for module in chunk.modules()]
+            dispatchers = [module.token_dispatcher for module in modules if hasattr(module, "token_dispatcher")]
+            held = [key for each in dispatchers for key, value in vars(each).items() if _is_gathered(key, value)]
+            results[name] = {**asdict(seen), "planned": planned, "held": held}
     return results
 
 
@@ -69,6 +72,10 @@ def counted(trainer: Trainer) -> Iterator[Traffic]:
         MoEAlltoAllTokenDispatcher.preprocess = preprocess
         for (module, name), original in zip(places, originals, strict=True):
             setattr(module, name, original)
+
+
+def _is_gathered(key: str, value: object) -> bool:
+    return "gathered" in key and isinstance(value, Tensor)
 
 
 _GATHER, _SCATTER = "dist_all_gather_func", "dist_reduce_scatter_func"
