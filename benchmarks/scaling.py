@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=2, help="a GPU and step")
     parser.add_argument("--balanced", action="store_true", help="every expert gets as many tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
-    parser.add_argument("--profile", type=Path, help="folder for the kernels of one step")
+    parser.add_argument("--profile", type=Path, help="folder for the kernels of two steps")
     parser.add_argument("overrides", nargs="*", help="further recipe overrides")
     options = parser.parse_args()
     results: dict[str, dict[int, dict[str, Any]]] = {}

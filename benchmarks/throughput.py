@@ -3,7 +3,7 @@
     python benchmarks/throughput.py [--slices nano,super,a315m] [--steps 10] [--json] [--profile DIR]
 
 Each case is built, warmed up and timed in a process of its own, twice over (ours, peer, ours, peer). MFU is measured
-against the matmul rate of this GPU, taken in the same run. ``--profile`` writes the kernels of one step by time, and
+against the matmul rate of this GPU, taken in the same run. ``--profile`` writes the kernels of two steps by time, and
 how long the GPU had nothing to do.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=2, help="a GPU and step")
     parser.add_argument("--balanced", action="store_true", help="every expert gets as many tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
-    parser.add_argument("--profile", type=Path, help="folder for the kernels of one step")
+    parser.add_argument("--profile", type=Path, help="folder for the kernels of two steps")
     parser.add_argument("overrides", nargs="*", help="further recipe overrides")
     options = parser.parse_args()
     device, peak = in_fresh_process(matmul_rate)

@@ -55,7 +55,7 @@ def time_steps(
         loop: ``ours``, or ``peer`` (peer.py).
         steps: timed, after WARMUP_STEPS.
         balanced: every expert gets as many tokens, as published figures have it; else what fresh weights route.
-        report: file for the kernels of one more step.
+        report: file for the kernels of two more steps.
         place: this process among several; None: one GPU.
     """
     place = place or Place()
@@ -74,10 +74,10 @@ def time_steps(
         for batch in batches[WARMUP_STEPS:]:
             loss = step(batch)
         platform.synchronize()
-    seconds = (time.perf_counter() - begin) / steps
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    if report is not None:
-        _profile(step, batches[-2:], platform, report)
+        seconds = (time.perf_counter() - begin) / steps
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        if report is not None:
+            _profile(step, batches[-2:], platform, report)
     torch.distributed.destroy_process_group()
     return Timing(seconds, first, float(loss), peak, backend)
 

@@ -19,6 +19,7 @@ from nemotron3_megatron.data.batch import MicroBatch
 from nemotron3_megatron.data.composition import tags_of
 from nemotron3_megatron.model.hybrid import Nemotron3Model
 from nemotron3_megatron.platform import Platform
+from nemotron3_megatron.platform.transfer import send
 from nemotron3_megatron.precision.backend import Backend
 from nemotron3_megatron.telemetry.records import TagLoss
 from nemotron3_megatron.train.graph import CapturedPasses
@@ -172,7 +173,7 @@ def _run_schedule(
 def _model_inputs(trainer: Trainer, batch: MicroBatch) -> ModelInputs:
     isolated = trainer.run.data.isolate_documents
     device = trainer.platform.device
-    boundaries = batch.boundaries().to(device) if isolated and trainer.groups.cp.size() == 1 else None
+    boundaries = send(batch.boundaries(), device) if isolated and trainer.groups.cp.size() == 1 else None
     there = batch.to(device)
     documents = there.documents if isolated else None
     return ModelInputs(

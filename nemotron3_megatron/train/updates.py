@@ -18,6 +18,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from nemotron3_megatron.checkpoint.adam import parts as parts_of
+
 _MOST_ELEMENTS = 2**30
 """Of one tensor: the kernels count elements in 32 bits."""
 _CHUNK_ELEMENTS = 2048 * 32
@@ -134,7 +136,7 @@ class PreparedUpdates:
                 part.start_param_sync_for_bucket_group_subset()
 
     def _prepare(self) -> None:
-        self._parts = distributed_parts(self._optimizer)
+        self._parts = parts_of(self._optimizer)
         for part in self._parts:
             part.prepare_grads()
         self._group = self._optimizer.get_grad_stats_parallel_group()
@@ -149,12 +151,6 @@ class PreparedUpdates:
         ]
 
 
-def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """Those that own parameters on this rank: dense and expert parameters have one each."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
-
-
 def choose_updates(optimizer: MegatronOptimizer) -> Updates:
     """Prepared lists where everything is as they need it.
 
@@ -164,7 +160,7 @@ def choose_updates(optimizer: MegatronOptimizer) -> Updates:
         from transformer_engine.pytorch.optimizers import FusedAdam
     except ImportError:
         return MegatronUpdates(optimizer)
-    parts = distributed_parts(optimizer)
+    parts = parts_of(optimizer)
     fits = all(
         isinstance(part, DistributedOptimizer)
         and isinstance(part.optimizer, FusedAdam)

@@ -10,13 +10,13 @@ from typing import Any
 from layouts import batches, started
 from torch import Tensor
 
+from nemotron3_megatron.checkpoint import adam
 from nemotron3_megatron.checkpoint.store import CheckpointStore
 from nemotron3_megatron.train.step import train_step
 from nemotron3_megatron.train.updates import (
     MegatronUpdates,
     PreparedUpdates,
     TransformerEngineKernels,
-    distributed_parts,
 )
 
 
@@ -61,9 +61,7 @@ def compare(worlds: dict[str, dict[str, Any]], ours: str = "reference") -> dict[
                 updates = PreparedUpdates(trainer.optimizer, own) if turn else MegatronUpdates(trainer.optimizer)
                 trainer = replace(trainer, updates=updates)
                 steps = [train_step(trainer, batches(trainer, i), trainer.run.stages[0], 1e-2) for i in range(3)]
-                masters = [
-                    p.detach().clone() for part in distributed_parts(trainer.optimizer) for p in part.get_parameters()
-                ]
+                masters = [p.detach().clone() for part in adam.parts(trainer.optimizer) for p in part.get_parameters()]
                 weights = [p.detach().float() for chunk in trainer.chunks for p in chunk.parameters()]
                 seen.append((steps, masters, weights))
         (first, first_masters, first_weights), (second, second_masters, second_weights) = seen
@@ -101,7 +99,7 @@ def resumed(folder: str, options: dict[str, Any]) -> dict[str, Any]:
                 for group in trainer.optimizer.param_groups:
                     group["step"] = 2  # where Transformer Engine's Adam counts; torch's counts in its state
             train_step(trainer, batches(trainer, 2), trainer.run.stages[0], 1e-2)
-            parts = distributed_parts(trainer.optimizer)
+            parts = adam.parts(trainer.optimizer)
             states = [part.optimizer.state[p] for part in parts for p in part.get_parameters()]
             moments = [state[name].clone() for state in states for name in ("exp_avg", "exp_avg_sq")]
             seen.append([p.detach().clone() for part in parts for p in part.get_parameters()] + moments)

@@ -79,23 +79,19 @@ def _chosen_backend() -> str:
     return "Transformer Engine's unfused attention" if last.get("use_unfused_attention") else ""
 
 
-# Forward: the weights, the output. Backward: the weights, the output (in the row sums), the scores' gradient, the
-# result, and the keys' and values' gradients of each query head before heads of a group are summed.
-ATTENTION = KernelFamily(
-    needs=("transformer-engine",),
-    inputs=_inputs,
-    kernel=partial(_attention, packed=False),
-    reference=partial(attention_reference, packed=False),
-    forward=2,
-    backward=5,
-    note=_chosen_backend,
-)
-DOCUMENT_ATTENTION = KernelFamily(
-    needs=("transformer-engine",),
-    inputs=_inputs,
-    kernel=partial(_attention, packed=True),
-    reference=partial(attention_reference, packed=True),
-    forward=2,
-    backward=5,
-    note=_chosen_backend,
-)
+def _family(*, packed: bool) -> KernelFamily:
+    # Forward: the weights, the output. Backward: the weights, the output (in the row sums), the scores' gradient, the
+    # result, and the keys' and values' gradients of each query head before heads of a group are summed.
+    return KernelFamily(
+        needs=("transformer-engine",),
+        inputs=_inputs,
+        kernel=partial(_attention, packed=packed),
+        reference=partial(attention_reference, packed=packed),
+        forward=2,
+        backward=5,
+        note=_chosen_backend,
+    )
+
+
+ATTENTION = _family(packed=False)
+DOCUMENT_ATTENTION = _family(packed=True)
