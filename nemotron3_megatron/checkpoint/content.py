@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from nemotron3_megatron.checkpoint import adam, rng
 from nemotron3_megatron.model.builder import model_sharded_state
 
-_EXTRA_STATE = "_extra_state"
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")
 """Transformer Engine's per-module blob (amax histories). Block-scaled formats keep nothing in it, and the
 torch spec has none: leaving it out makes checkpoints of both specs interchangeable."""
 
@@ -54,7 +55,7 @@ def load(directory: Path, template: dict[str, Any], chunks: list[MegatronModule]
     loaded = dist_checkpointing.load({**models, "rng": _rng_shard(None)} if with_rng else models, str(directory))
     for index, chunk in enumerate(chunks):
         missing, unexpected = unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
-        wrong = [name for name in (*missing, *unexpected) if not name.endswith(_EXTRA_STATE)]
+        wrong = [name for name in (*missing, *unexpected) if not _EXTRA_STATE.search(name)]
         if wrong:
             raise RuntimeError(f"the model and its sharded state dict disagree on {wrong}")
     if with_rng:
@@ -75,7 +76,7 @@ def unwrapped(chunk: MegatronModule) -> MegatronModule:
 def _model_tensors(chunk: MegatronModule) -> dict[str, Any]:
     module = unwrapped(chunk)
     tensors = model_sharded_state(module, module.pg_collection)
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_EXTRA_STATE)}
+    return {name: tensor for name, tensor in tensors.items() if not _EXTRA_STATE.search(name)}
 
 
 def _rng_shard(state: dict[str, Any] | None) -> ShardedObject:

@@ -17,8 +17,18 @@ def keeps_counts_on_device(run: Run, *, native: bool) -> bool:
         run: what is trained.
         native: quantised products run on the GPU's own number formats: their kernels take counts from the CPU.
     """
-    rows = run.precision_plan.rows
+    return not why_counts_on_cpu(run, native=native)
+
+
+def why_counts_on_cpu(run: Run, *, native: bool) -> str:
+    """What keeps the te spec's experts from reading their token counts on the GPU; empty: they do."""
+    rows, parallel = run.precision_plan.rows, run.parallel
     quantised = any(row.format != "bf16" for row in rows if row.role.startswith("moe.experts"))
-    whole = run.layout.etp == 1
-    plain = run.parallel.moe_token_dispatcher_type != "flex" and "moe_act" not in run.parallel.recompute_modules
-    return whole and plain and run.precision.dtype == "bf16" and not (quantised and native)
+    reasons = {
+        f"precision.dtype={run.precision.dtype}": run.precision.dtype != "bf16",
+        f"parallel.etp={run.layout.etp}": run.layout.etp > 1,
+        "parallel.moe_token_dispatcher_type=flex": parallel.moe_token_dispatcher_type == "flex",
+        "moe_act is recomputed": "moe_act" in parallel.recompute_modules,
+        "native NVFP4 and MXFP8 products take them there": quantised and native,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")

@@ -90,8 +90,8 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    cuda_graph: Literal["auto", "none", "passes"] = "none"
-    """passes: forward and backward of a step are one CUDA graph; auto: where that is possible, saying why not."""
+    cuda_graph: Literal["auto", "none", "passes"] = "auto"
+    """passes: forward and backward of a step are one CUDA graph; auto: on one GPU where possible, saying why not."""
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: tuple[str, ...] = ()
 
@@ -284,6 +284,9 @@ class ResilienceConfig:
     """How often step times of all ranks are compared; null: never."""
     straggler_factor: float = 1.5
     """A rank that is slower than the median of all by this factor is reported."""
+    straggler: Literal["auto", "own", "nvrx"] = "auto"
+    """own: times of steps and of a fixed piece of work. nvrx: also times of the step's CUDA kernels, taken by
+    nvidia-resiliency-ext, which must be there. auto: nvrx on CUDA where it can be loaded, else own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

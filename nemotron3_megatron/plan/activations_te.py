@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from nemotron3_megatron.config.experts import gathers_tokens
-from nemotron3_megatron.model.parts import expert_bytes, tokens_at_a_time
+from nemotron3_megatron.model.parts import expert_bytes, scan_parts, tokens_at_a_time
 from nemotron3_megatron.plan.activation_shape import FLOAT, Kept, Shape
 from nemotron3_megatron.precision.policy import Role
 
@@ -37,14 +37,33 @@ def _mamba(at: Shape) -> Kept:
     2 I; the gated one, which the norm saves, 2 I; the normed one, out_proj's input, 2 I. Two micro-batch rows or more
     are laid out anew for the scan, which keeps the same bytes. Backward: gradients of P and of two I, and the chunks'
     states with their gradients in FP32, 8 I * state / chunk.
+
+    A scan too long for its kernels' indices goes in parts (``model/mamba_parts.py``), each made anew: the output before
+    the gate is not kept; backward there are the gradients of the gated output and of all parts' P, and for one part a
+    copy of P, both outputs, the gradients of these three, and states.
     """
     model, tp = at.model, at.run.layout.tp
     inner = model.mamba_num_heads * model.mamba_head_dim // tp
     width = 2 * inner + (2 * model.mamba_num_groups * model.mamba_state_dim + model.mamba_num_heads) // tp
-    scanned = at.value * (width + 2 * inner) + at.saved_input("mamba.out_proj") * inner
-    saved = _norm_linear(at, "mamba.in_proj") + round(at.tokens * scanned)
     states = 2 * FLOAT * inner * model.mamba_state_dim // model.mamba_chunk_size
-    return Kept(saved, at.tokens * (at.value * (width + 2 * inner) + states) + _gathered(at))
+    gradients = at.value * (width + 2 * inner) + states
+    parts = _scan_parts(at, width, inner)
+    before_gate = inner if parts == 1 else 0
+    if parts > 1:
+        gradients = at.value * (width + inner) + (at.value * (width + 2 * inner) + gradients) // parts
+    scanned = at.value * (width + inner + before_gate) + at.saved_input("mamba.out_proj") * inner
+    saved = _norm_linear(at, "mamba.in_proj") + round(at.tokens * scanned)
+    return Kept(saved, at.tokens * gradients + _gathered(at))
+
+
+def _scan_parts(at: Shape, width: int, inner: int) -> int:
+    """Context parallelism gives a rank all positions of a share of the groups: the same elements."""
+    model, layout = at.model, at.run.layout
+    groups = max(model.mamba_num_groups // (layout.tp * layout.cp), 1)
+    try:
+        return scan_parts(at.tokens, width, inner, model.mamba_state_dim, groups, model.mamba_chunk_size)
+    except ValueError:  # the layer will refuse it; how much memory it would take is known nonetheless
+        return groups
 
 
 def _attention(at: Shape) -> Kept:

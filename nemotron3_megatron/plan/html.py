@@ -16,6 +16,7 @@ from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.plan import layer_strip
 from nemotron3_megatron.plan.counts import count_parameters
+from nemotron3_megatron.plan.features import features_table
 from nemotron3_megatron.plan.hardware import gpu_of
 from nemotron3_megatron.plan.memory import GIB, memory_plan
 from nemotron3_megatron.plan.memory_table import draw_memory_chart, memory_tables
@@ -90,13 +91,14 @@ def write_page(path: Path, run: Run) -> None:
 
 
 def plan_page(run: Run) -> str:
-    """The page: key figures, layers, precision, memory, schedule, communication, time, origins; nothing is fetched."""
+    """The page: key figures, layers, precision, memory, schedule, step, traffic, time, origins; nothing is fetched."""
     pieces = [_head(run), _title("Layers"), layer_strip.layer_strip(run), *_precision(run), *_memory(run)]
     pieces += [
         _title("Schedule"),
         _picture(draw_schedule, run, "Learning rate over tokens"),
         *_tables(schedule_table(run)),
     ]
+    pieces += [_title("A step"), *_tables(features_table(run))]
     pieces += [_title("Communication"), *_tables(communication_table(run)), _title("Time"), *_tables(time_table(run))]
     pieces += [_title("Origins"), *_tables(origins_table(run))]
     return document(f"{run.name}: plan", pieces, layer_strip.STYLE + _STYLE)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.plan.counts import Counts, Layer, count_parameters, flops_per_token
+from nemotron3_megatron.plan.features import features, features_table
 from nemotron3_megatron.plan.memory_table import memory_data, memory_tables
 from nemotron3_megatron.plan.pictures import write_picture
 from nemotron3_megatron.plan.precision_shares import format_shares
@@ -41,6 +42,7 @@ def as_json(run: Run) -> str:
         "precision": precision.as_data(),
         "precision_shares": [asdict(share) for share in format_shares(precision, run.model, first.seq_length)],
         "layout": asdict(run.layout),
+        "features": [asdict(feature) for feature in features(run)],
         "stages": [asdict(stage) for stage in run.stages],
         "schedule": asdict(run.schedule),
         "tokens_per_step": first.tokens_per_step,
@@ -73,6 +75,7 @@ def show(run: Run, console: Console) -> None:
     console.print()
     for table in (
         _layout(run),
+        features_table(run),
         schedule_table(run),
         *memory_tables(run),
         communication_table(run),

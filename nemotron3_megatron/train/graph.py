@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from nemotron3_megatron.config.errors import UserError
-from nemotron3_megatron.config.experts import keeps_counts_on_device
+from nemotron3_megatron.config.graphs import why_no_graph
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.model.builder import chosen_spec
 from nemotron3_megatron.platform import Platform
-from nemotron3_megatron.platform.base import Spec
 from nemotron3_megatron.precision.backend import Backend
 
 _log = logging.getLogger(__name__)
@@ -39,9 +38,11 @@ class CapturedPasses:
     """Runs a function of tensors, from the third call on as a CUDA graph."""
 
     def __init__(self) -> None:
+        self.watched = False
+        """Whether hooks look at the coming calls: a graph holds only what they did at its capture."""
         self._calls = 0
-        self._captures: dict[tuple[torch.Size, ...], _Capture] = {}
-        """By the shapes of the inputs; they share one memory pool, since no two run at a time."""
+        self._captures: dict[tuple[bool, tuple[torch.Size, ...]], _Capture] = {}
+        """By ``watched`` and the shapes of the inputs; they share one memory pool, since no two run at a time."""
 
     def __call__(self, passes: Callable[[list[Tensor]], Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """``passes(inputs)``; always the same function.
@@ -56,10 +57,10 @@ class CapturedPasses:
         self._calls += 1
         if self._calls <= EAGER_STEPS:
             return passes(list(inputs))
-        shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes not in self._captures:
-            self._captures[shapes] = self._capture(passes, inputs)
-        capture = self._captures[shapes]
+        kind = (self.watched, tuple(tensor.shape for tensor in inputs))
+        if kind not in self._captures:
+            self._captures[kind] = self._capture(passes, inputs)
+        capture = self._captures[kind]
         torch._foreach_copy_(capture.inputs, list(inputs))
         capture.graph.replay()
         return capture.output
@@ -75,46 +76,18 @@ class CapturedPasses:
         return _Capture(graph, own, output)
 
 
-def graph_obstacle(run: Run, spec: Spec, backend: Backend, *, device_counts: bool) -> str | None:
-    """Why a run's passes cannot be captured, or None."""
-    layout, parallel = run.layout, run.parallel
-    has_experts = "E" in run.model.pattern + run.model.mtp_pattern
-    obstacles = {
-        "the torch spec counts experts' tokens on the CPU": spec != "te",
-        "token counts of experts on several ranks, or quantised natively, are needed on the CPU": has_experts
-        and (layout.ep > 1 or not device_counts),
-        "pipeline stages wait for each other": layout.pp > 1,
-        "collectives of tensor and context parallel ranks are not captured": layout.tp > 1 or layout.cp > 1,
-        "overlapped reduction of gradients starts collectives inside the backward pass": parallel.overlap_grad_reduce,
-        "parameters are gathered inside the forward pass": parallel.overlap_param_gather,
-        "emulated rounding draws its random numbers from the CPU": backend == "emulated",
-        "what quantisation loses is observed from Python (telemetry.precision_every)": backend != "none"
-        and run.precision_every_steps is not None,
-        "steps differ in their shapes": len(
-            {(shape.seq_length, shape.micro_batch_size) for stage in run.own_stages for shape in stage.shapes}
-        )
-        > 1,
-    }
-    return next((why for why, holds in obstacles.items() if holds), None)
-
-
 def captured_passes(run: Run, platform: Platform, backend: Backend) -> CapturedPasses | None:
     """What ``parallel.cuda_graph`` means for this run on this machine; None: no graph.
 
     Raises:
         UserError: a graph was asked for and is impossible.
     """
-    wanted = run.parallel.cuda_graph
-    if wanted == "none":
-        return None
-    spec = chosen_spec(run.model, platform)
-    counts = keeps_counts_on_device(run, native=backend == "native")
-    obstacle = graph_obstacle(run, spec, backend, device_counts=counts)
+    obstacle = why_no_graph(run, spec=chosen_spec(run.model, platform), backend=backend)
     if platform.name == "cpu":
         obstacle = "there is no GPU"
-    if obstacle is None:
+    if not obstacle:
         return CapturedPasses()
-    if wanted == "passes":
+    if run.parallel.cuda_graph == "passes":
         raise UserError("parallel.cuda_graph=passes", why=obstacle, nearest="parallel.cuda_graph=auto")
     if platform.name == "cuda" and torch.distributed.get_rank() == 0:
         _log.info("no CUDA graph: %s", obstacle)

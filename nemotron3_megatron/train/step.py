@@ -159,7 +159,9 @@ def _run_schedule(
     trainer: Trainer, batches: list[MicroBatch], stage: Shape, weights: LossWeights, *, forward_only: bool
 ) -> Tensor:
     """Run all micro-batches; returns the losses summed over the global batch (1 + D + T,) on every rank."""
-    inputs = [_model_inputs(trainer, batch) for batch in batches]
+    inputs = [
+        _model_inputs(trainer, batch, ends) for batch, ends in zip(batches, _boundaries(trainer, batches), strict=True)
+    ]
     if trainer.captured is None or forward_only:
         sums = _passes(trainer, inputs, stage, weights, forward_only=forward_only)
     else:
@@ -170,15 +172,21 @@ def _run_schedule(
     return sums
 
 
-def _model_inputs(trainer: Trainer, batch: MicroBatch) -> ModelInputs:
-    isolated = trainer.run.data.isolate_documents
+def _boundaries(trainer: Trainer, batches: list[MicroBatch]) -> list[Tensor] | list[None]:
+    """Document boundaries of each micro-batch, all in one shape: a CUDA graph is made for each combination."""
+    if not trainer.run.data.isolate_documents or trainer.groups.cp.size() > 1:
+        return [None] * len(batches)
+    found = [batch.boundaries() for batch in batches]
+    longest = max(map(len, found))
+    return [torch.cat([each, each[-1:].expand(longest - len(each))]) for each in found]
+
+
+def _model_inputs(trainer: Trainer, batch: MicroBatch, boundaries: Tensor | None) -> ModelInputs:
     device = trainer.platform.device
-    boundaries = send(batch.boundaries(), device) if isolated and trainer.groups.cp.size() == 1 else None
+    ends = None if boundaries is None else send(boundaries, device)
     there = batch.to(device)
-    documents = there.documents if isolated else None
-    return ModelInputs(
-        there.tokens, there.position_ids, there.labels, there.loss_mask, documents, boundaries, there.tags
-    )
+    documents = there.documents if trainer.run.data.isolate_documents else None
+    return ModelInputs(there.tokens, there.position_ids, there.labels, there.loss_mask, documents, ends, there.tags)
 
 
 def _passes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,13 +46,17 @@ def started(options: dict[str, Any], make_run: Callable[..., Run] = tiny_run) ->
 
 
 def _tune_nothing() -> None:
-    """Triton's tuned kernels take their first variant: compiling all, for shapes this small, would take minutes."""
+    """Triton's tuned kernels take their smallest variant: compiling all, for shapes this small, would take minutes,
+    and the first may be too large for FP32."""
     from triton.runtime.autotuner import Autotuner
+
+    def size(config: Any) -> int:
+        blocks = [value for value in config.kwargs.values() if isinstance(value, int)]
+        return math.prod([*blocks, config.num_stages])
 
     if not hasattr(Autotuner.prune_configs, "__wrapped__"):
         choose = Autotuner.prune_configs
-        first = wraps(choose)(lambda *args: choose(*args)[:1])
-        Autotuner.prune_configs = first
+        Autotuner.prune_configs = wraps(choose)(lambda *args: [min(choose(*args), key=size)])
 
 
 def batches(trainer: Trainer, step: int) -> list[MicroBatch]:

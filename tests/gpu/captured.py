@@ -1,4 +1,4 @@
-"""What the rank does in the CUDA graph test: the same steps with and without a graph."""
+"""What the ranks do in the CUDA graph test: the same steps with and without a graph."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 from layouts import batches, started
 from tiny import tiny_run
 
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.train.step import evaluate, train_step
+from nemotron3_megatron.train.callbacks.base import StepEvent
+from nemotron3_megatron.train.callbacks.health import HealthTelemetry
+from nemotron3_megatron.train.step import Trainer, evaluate, train_step
 
 STEPS = 6
+MODES = {"eager": "none", "again": "none", "graph": "passes"}
 
 
 def graphed_run(world_size: int, *, cuda_graph: str, **options: Any) -> Run:
@@ -24,20 +29,46 @@ def graphed_run(world_size: int, *, cuda_graph: str, **options: Any) -> Run:
     return replace(run, parallel=replace(run.parallel, cuda_graph=cuda_graph))
 
 
-def losses(isolate_documents: bool) -> dict[str, Any]:
-    """For each mode: losses and gradient norms of some steps, a validation pass in between, and whether a graph ran."""
+def compare(options: dict[str, Any]) -> dict[str, Any]:
+    """For each mode: losses and gradient norms of some steps, with a validation pass in between and every second
+    step's health measured; and by how much its last gradients differ from the first mode's."""
     port = int(os.environ["MASTER_PORT"])
     results: dict[str, Any] = {}
-    for offset, mode in enumerate(("none", "passes")):
+    reference: dict[str, torch.Tensor] = {}
+    for offset, (mode, cuda_graph) in enumerate(MODES.items()):
         os.environ["MASTER_PORT"] = str(port + offset)
-        options = {"cuda_graph": mode, "isolate_documents": isolate_documents}
-        with started(options, graphed_run) as trainer:
-            found = []
-            for step in range(STEPS):
-                result = train_step(trainer, batches(trainer, step), trainer.run.stages[0], 1e-3)
-                found.append([*result.losses, result.update.grad_norm])
-                if step == 3:
-                    found.append([*evaluate(trainer, iter(batches(trainer, 77)), trainer.run.stages[0]).depths, 0.0])
-            results[mode] = found
-            results[f"{mode} captures"] = len(trainer.captured._captures) if trainer.captured else 0
+        with started({"cuda_graph": cuda_graph, **options}, graphed_run) as trainer:
+            results[mode] = _train(trainer)
+            results[mode]["captures"] = len(trainer.captured._captures) if trainer.captured else 0
+            found = _gradients(trainer)
+            reference = reference or found
+            distances = [
+                float((found[name] - value).norm() / value.norm()) for name, value in reference.items() if value.any()
+            ]
+            results[mode]["gradients"] = float(torch.tensor(distances).median())
     return results
+
+
+def _train(trainer: Trainer) -> dict[str, Any]:
+    health = HealthTelemetry(2, trainer)
+    losses, seen = [], []
+    for step in range(1, STEPS + 1):
+        health.before_step(step)
+        result = train_step(trainer, batches(trainer, step), trainer.run.stages[0], 1e-3)
+        event = StepEvent(
+            step=step, tokens=0, stage=trainer.run.stages[0], lr=1e-3, result=result, step_time_s=1.0, last=False
+        )
+        health.step_done(event)
+        seen.append(health.health())
+        losses.append([*result.losses, result.update.grad_norm])
+        if step == STEPS // 2:
+            losses.append([*evaluate(trainer, iter(batches(trainer, 77)), trainer.run.stages[0]).depths, 0.0])
+    return {"losses": losses, "health": seen}
+
+
+def _gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.main_grad.float().clone()  # type: ignore[attr-defined]
+        for chunk in trainer.chunks
+        for name, parameter in chunk.named_parameters()
+    }

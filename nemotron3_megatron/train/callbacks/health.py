@@ -27,8 +27,12 @@ class HealthTelemetry(Callback):
     def before_step(self, step: int) -> None:
         if self._due(step):
             self._diagnostics.arm()
+            if self._trainer.captured is not None:
+                self._trainer.captured.watched = True
 
     def step_done(self, event: StepEvent) -> None:
+        if self._trainer.captured is not None:
+            self._trainer.captured.watched = False
         self._found = self._diagnostics.collect(event.result) if self._due(event.step) else {}
 
     def health(self) -> Health:
