@@ -79,3 +79,19 @@ def _distance(found: Tensor, reference: Tensor) -> float:
     """Relative; 0 where both are zero."""
     distance = float((found - reference).norm())
     return distance / float(reference.norm()) if distance else 0.0
+
+
+def blobs_of_checkpoint(device_counts: bool) -> list[str]:
+    """What a checkpoint of the te spec would hold besides tensors."""
+    with lowered({}, "emulated", "{default: bf16}", device_counts=device_counts) as (_, trainer):
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+        from nemotron3_megatron.checkpoint import content
+        from nemotron3_megatron.model.builder import model_sharded_state
+
+        def blobs(state: Any) -> list[str]:
+            return [entry.key for entry in nested_values(state) if isinstance(entry, ShardedObject)]
+
+        assert blobs(model_sharded_state(trainer.chunks[0], trainer.groups)), "the modules have none to leave out"
+        return blobs(content.sharded(trainer.chunks, None))

@@ -72,3 +72,9 @@ def test_a_shared_block_would_lose_a_depth(world: str, steps: list[int], found: 
         assert distances["mtp.layers.0.eh_proj.weight"] > 0.1
         assert distances["mtp.layers.0.mtp_model_layer.layers.0.self_attention.linear_qkv.weight"] > 0.1
         assert max(d for name, d in distances.items() if not name.startswith("mtp.")) < FLOAT32
+
+
+@pytest.mark.parametrize("device_counts", [False, True])
+def test_checkpoints_hold_tensors_only(device_counts: bool) -> None:
+    """Experts have a blob each, numbered from the second on; the torch spec has none and could not load them."""
+    assert run_ranks(te_fusion.blobs_of_checkpoint, 1, timeout_s=200, device_counts=device_counts) == [[]]
