@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return refuse(error, on_every_rank=True)
 
+    os.umask(os.umask(0o077) | 0o027)  # others neither read nor write what a run leaves
     start_logging(int(os.environ.get("RANK", "0")))
     use_kernel_cache()
     from nemotron3_megatron.resilience.watch import watched

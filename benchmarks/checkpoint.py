@@ -45,21 +45,22 @@ def main() -> None:
         "--folder", type=Path, help="on the file system to measure; default: the system's temporary one"
     )
     parser.add_argument("--saves", type=int, default=3, help="of each kind, after the first")
+    parser.add_argument("--worker-only", action="store_true", help="leave out saves by the training process")
     parser.add_argument("--steps", type=int, default=10, help="timed steps without a save")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
     parser.add_argument("overrides", nargs="*", help="further recipe overrides")
     options = parser.parse_args()
     run = _run(options.recipe, options.device, options.overrides)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, _trainer(run) as trainer:
-        found = measure(trainer, Path(folder), options.saves, options.steps)
+        found = measure(trainer, Path(folder), options.saves, options.steps, blocks=not options.worker_only)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
         _show(found)
 
 
-def measure(trainer: Trainer, folder: Path, saves: int, steps: int) -> dict[str, Any]:
-    """Seconds of everything that ``main`` shows."""
+def measure(trainer: Trainer, folder: Path, saves: int, steps: int, *, blocks: bool) -> dict[str, Any]:
+    """Seconds of everything that ``main`` shows; saves by the training process if ``blocks``."""
     place = {"next": 0}
 
     def step() -> float:
@@ -77,9 +78,8 @@ def measure(trainer: Trainer, folder: Path, saves: int, steps: int) -> dict[str,
         state = {"step": number}
         return _seconds(trainer, lambda: store.save(number, trainer.chunks, trainer.optimizer, state, keep_last=1))
 
-    first = blocking()
     waits = []
-    for _ in range(saves):
+    for _ in range(saves + 1 if blocks else 0):
         step()
         waits.append(blocking())
     start = _seconds(trainer, lambda: store.saver.start_worker(trainer.chunks, trainer.optimizer))
@@ -87,12 +87,14 @@ def measure(trainer: Trainer, folder: Path, saves: int, steps: int) -> dict[str,
     size = sum(file.stat().st_size for file in next((folder / "checkpoints").glob("step_*")).iterdir())
     store.release()
     later = background[1:]
+    typical = statistics.median(waits[1:]) if blocks else 0.0
+    by_itself = {"blocking": {"first_s": waits[0], "blocked_s": typical, "published_s": typical}} if blocks else {}
     return {
         "recipe": trainer.run.name,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "gib": size / 2**30,
         "step_s": statistics.median(alone),
-        "blocking": {"first_s": first, "blocked_s": statistics.median(waits), "published_s": statistics.median(waits)},
+        **by_itself,
         "worker": {
             "start_s": start,
             "first_s": background[0]["blocked_s"],
@@ -148,8 +150,7 @@ def _show(found: dict[str, Any]) -> None:
     table = Table(title=f"{found['recipe']} on {found['device']}: {found['gib']:.2f} GiB a checkpoint, seconds")
     for column in ("saved by", "training blocked", "first save", "until published", "step meanwhile", "step alone"):
         table.add_column(column, justify="right")
-    for name in ("blocking", "worker"):
-        row = found[name]
+    for name, row in ((name, found[name]) for name in ("blocking", "worker") if name in found):
         step = f"{row['step_s']:.3f}" if "step_s" in row else "-"
         times = (f"{row[key]:.3f}" for key in ("blocked_s", "first_s", "published_s"))
         table.add_row("training itself" if name == "blocking" else "a worker", *times, step, f"{found['step_s']:.3f}")

@@ -5,8 +5,9 @@
 
 Every peer runs in its own process, all pinned to the same core. In each round each of them tokenises the same slice of
 the corpus, one after the other in an order that rotates, so that a busy machine slows all of them; what counts is the
-median over the rounds of their ratio. Time is CPU time of a process with its children. All read the same JSONL file,
-except ``bare``, which gets its texts in memory and only counts tokens: it is what the library itself can do.
+median over the rounds of their ratio. Time is CPU time of a process with its children, and time on the clock. All read
+the same JSONL file, except ``bare``, which gets its texts in memory and only counts tokens: it is what the library
+itself can do. All must count the same tokens, and ours and megatron's must write the same bytes.
 
 - ours: the pipeline of ``python -m data_prep recipe=files``: read, decide the side, tokenise, count, write, hash.
 - megatron: what tools/preprocess_data.py does with --workers 1 --append-eod: a pool encodes document by document, the
@@ -16,6 +17,7 @@ except ``bare``, which gets its texts in memory and only counts tokens: it is wh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -28,14 +30,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nemotron3_megatron  # noqa: F401  adapts Megatron-Core to this machine before it is imported
 
+if TYPE_CHECKING:
+    import tokenizers
+
 BATCH_BYTES = 1_000_000
 VOCABULARY = 32_768
+"""Entries of the tokenizer that is trained when none is given."""
 
 Work = Callable[[Path, Path, Path], int]
 """Tokenise a JSONL file with a tokenizer.json into a directory; how many tokens."""
@@ -62,6 +70,15 @@ def batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
+def loaded(path: Path) -> tokenizers.Tokenizer:
+    """A tokenizer.json for which special tokens spelt out in a text are text, as they are for ours."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def ours(source: Path, tokenizer: Path, output: Path) -> int:
     """The whole command, without starting Python and without composing its recipe (0.2 s)."""
     from rich.console import Console
@@ -84,28 +101,30 @@ def ours(source: Path, tokenizer: Path, output: Path) -> int:
 class _Encoder:
     """Megatron-LM's Encoder: a tokenizer in each worker, one document at a time."""
 
-    tokenizer = None
+    tokenizer: tokenizers.Tokenizer | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, eod: int) -> None:
         self._path = path
+        self._eod = eod
 
     def initialise(self) -> None:
-        import tokenizers
-
-        _Encoder.tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
+        _Encoder.tokenizer = loaded(self._path)
 
     def encode(self, line: str) -> list[int]:
         assert _Encoder.tokenizer is not None
-        return [*_Encoder.tokenizer.encode(json.loads(line)["text"]).ids, 0]
+        return [*_Encoder.tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids, self._eod]
 
 
 def megatron(source: Path, tokenizer: Path, output: Path) -> int:
     """tools/preprocess_data.py: Pool.imap with chunks of 32 lines, then IndexedDatasetBuilder."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+    from nemotron3_megatron.data.tokenizer import load_tokenizer
+
     output.mkdir(parents=True, exist_ok=True)
-    encoder = _Encoder(tokenizer)
-    builder = IndexedDatasetBuilder(str(output / "train.bin"), dtype=DType.optimal_dtype(VOCABULARY))
+    known = load_tokenizer(tokenizer)
+    encoder = _Encoder(tokenizer, known.eod)
+    builder = IndexedDatasetBuilder(str(output / "train.bin"), dtype=DType.optimal_dtype(known.vocab_size))
     tokens = 0
     fork = multiprocessing.get_context("fork")
     with source.open() as stream, fork.Pool(1, initializer=encoder.initialise) as pool:
@@ -124,14 +143,12 @@ class Bare:
     def __init__(self, method: str) -> None:
         self._method = method
         self._texts: list[str] = []
-        self._encode: Callable[[list[str]], list] = list
+        self._encode: Callable[[list[str]], list[tokenizers.Encoding]]
 
     def load(self, source: Path, tokenizer: Path) -> None:
         """What is not timed."""
-        import tokenizers
-
         self._texts = list(texts_of(source))
-        self._encode = getattr(tokenizers.Tokenizer.from_file(str(tokenizer)), self._method)
+        self._encode = partial(getattr(loaded(tokenizer), self._method), add_special_tokens=False)
 
     def __call__(self, source: Path, tokenizer: Path, output: Path) -> int:
         return sum(len(encoding) + 1 for batch in batches(self._texts) for encoding in self._encode(batch))
@@ -153,8 +170,21 @@ def cpu_seconds() -> float:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a peer made of a file."""
+
+    tokens: int
+    cpu_seconds: float
+    seconds: float
+    peak_mib: float
+    """Of its process so far, and the largest of its children."""
+    digest: str | None
+    """Of what it wrote."""
+
+
 def peer(name: str, tokenizer: Path, connection: Connection) -> None:
-    """A peer's process: tokenises the files that are sent, answers with tokens, CPU seconds and peak MiB."""
+    """A peer's process: tokenises the files that are sent."""
     os.environ.update(RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     work = PEERS[name]
@@ -162,11 +192,13 @@ def peer(name: str, tokenizer: Path, connection: Connection) -> None:
         with tempfile.TemporaryDirectory() as output:
             if isinstance(work, Bare):
                 work.load(source, tokenizer)
-            started = cpu_seconds()
+            started, cpu_started = time.perf_counter(), cpu_seconds()
             tokens = work(source, tokenizer, Path(output) / "out")
-            seconds = cpu_seconds() - started
+            seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_started
+            written = Path(output) / "out" / "train.bin"
+            digest = hashlib.sha256(written.read_bytes()).hexdigest() if written.exists() else None
         own, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        connection.send((tokens, seconds, (own.ru_maxrss + children.ru_maxrss) / 1024))
+        connection.send(Result(tokens, cpu, seconds, (own.ru_maxrss + children.ru_maxrss) / 1024, digest))
 
 
 def slices(corpus: Path, megabytes: float, count: int, folder: Path) -> list[Path]:
@@ -223,34 +255,37 @@ def main(arguments: Sequence[str]) -> None:
     for name in PEERS:
         connections[name], theirs = spawn.Pipe()
         spawn.Process(target=partial(peer, name, tokenizer, theirs), daemon=False).start()
-    seconds: dict[str, list[float]] = {name: [] for name in PEERS}
-    peaks = dict.fromkeys(PEERS, 0.0)
-    counts: list[int] = []
+    results: list[dict[str, Result]] = []
     for number, source in enumerate(files):  # the first slice warms up: imports and compiled regular expressions
         order = [*PEERS][number % len(PEERS) :] + [*PEERS][: number % len(PEERS)]
-        found = {}
+        found: dict[str, Result] = {}
         for name in order:
             connections[name].send(source)
-            found[name], used, peaks[name] = connections[name].recv()
-            seconds[name].append(used)
-        assert len(set(found.values())) == 1, found
-        counts.append(found["ours"])
-        print(number, {name: f"{counts[-1] / seconds[name][-1] / 1e3:.0f}k/s" for name in PEERS}, flush=True)
+            found[name] = connections[name].recv()
+        assert len({result.tokens for result in found.values()}) == 1, found
+        assert found["ours"].digest == found["megatron"].digest, found
+        results.append(found)
+        print(
+            number, {name: f"{found[name].tokens / found[name].cpu_seconds / 1e3:.0f}k/s" for name in PEERS}, flush=True
+        )
     for connection in connections.values():
         connection.send(None)
     shutil.rmtree(folder)
-    report(counts[1:], {name: values[1:] for name, values in seconds.items()}, peaks)
+    report(results[1:])
 
 
-def report(counts: Sequence[int], seconds: dict[str, list[float]], peaks: dict[str, float]) -> None:
+def report(rounds: Sequence[dict[str, Result]]) -> None:
     """One line a peer."""
-    print(f"{platform.processor() or platform.machine()}, {sum(counts):,} tokens, {time.strftime('%Y-%m-%d')}")
-    print(f"{'peer':10} {'tokens/s a core':>16} {'ours is':>10} {'(rounds)':>14} {'peak MiB':>9}")
-    for name, used in seconds.items():
-        ratios = sorted(theirs / mine for theirs, mine in zip(used, seconds["ours"], strict=True))
-        speed = statistics.median(count / value for count, value in zip(counts, used, strict=True))
+    tokens = sum(found["ours"].tokens for found in rounds)
+    print(f"{platform.processor() or platform.machine()}, {tokens:,} tokens, {time.strftime('%Y-%m-%d')}")
+    print(f"{'peer':10} {'tokens/s a core':>16} {'ours is':>10} {'(rounds)':>14} {'on the clock':>13} {'peak MiB':>9}")
+    for name in PEERS:
+        ratios = sorted(found[name].cpu_seconds / found["ours"].cpu_seconds for found in rounds)
+        speed = statistics.median(found[name].tokens / found[name].cpu_seconds for found in rounds)
+        clock = statistics.median(found[name].seconds / found["ours"].seconds for found in rounds)
         spread = f"{ratios[0]:.2f}..{ratios[-1]:.2f}"
-        print(f"{name:10} {speed:>16,.0f} {statistics.median(ratios):>9.2f}x {spread:>14} {peaks[name]:>9.0f}")
+        peak = max(found[name].peak_mib for found in rounds)
+        print(f"{name:10} {speed:>16,.0f} {statistics.median(ratios):>9.2f}x {spread:>14} {clock:>12.2f}x {peak:>9.0f}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def unchanged(records: Sequence[FileRecord], files: Sequence[InputFile]) -> bool
 def discover(config: InputConfig) -> list[InputFile]:
     """Every input file, sorted inside each entry of ``input.paths``.
 
-    Files of unknown kind in a directory are left out with a warning.
+    Files of unknown kind in a directory are left out with a warning; a link to another file of the directory, whose
+    text is there already, is left out.
 
     Raises:
         UserError: a path does not exist, is of unknown kind, is named twice, or nothing is found at all.
@@ -166,7 +167,9 @@ def _directory(directory: Path, chosen: Format) -> list[InputFile]:
     if left_out:
         examples = ", ".join(left_out[:5])
         logger.warning("%s: %d files of unknown kind are left out (%s ...)", directory, len(left_out), examples)
-    return files
+    inodes = [(file, file.path.stat(), file.path.is_symlink()) for file in files]
+    own = {(stat.st_dev, stat.st_ino) for _, stat, link in inodes if not link}
+    return [file for file, stat, link in inodes if not link or (stat.st_dev, stat.st_ino) not in own]
 
 
 def _standard_library() -> Iterator[tuple[Path, Path]]:

@@ -14,6 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 from data_prep.dedup import dedup
 from data_prep.filters import filters
 from data_prep.inputs import InputFile, group
+from data_prep.loaded import loaded
 from data_prep.long.step import LongDocuments
 from data_prep.manifest import finish
 from data_prep.readers import Keys
@@ -22,7 +23,7 @@ from data_prep.shard import ShardTask
 from data_prep.splits import repository_of_file
 from data_prep.stage import Stage, progress_directory
 from data_prep.steps import ReadShard, WriteShard
-from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from nemotron3_megatron.data.tokenizer import Tokenizer
 
 SHARDS = "shards"
 DEDUP = "dedup-"
@@ -105,7 +106,7 @@ class WriteManifest(PipelineStep):  # type: ignore[misc]  # datatrove is not typ
 
     def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> None:
         """The only task."""
-        tokenizer = load_tokenizer(self.tokenizer_file)
+        tokenizer = loaded(self.tokenizer_file)
         finish(self.recipe, fingerprint(self.recipe, tokenizer), tokenizer, self.tokenizer_file, self.tasks)
 
 

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from data_prep.filters import dropped
 from data_prep.indexed import IndexedWriter, token_dtype
+from data_prep.loaded import loaded
 from data_prep.progress import Progress
 from data_prep.readers import Keys
 from data_prep.recipe import Policy, PreparationRecipe
 from data_prep.shard import ShardTask, SplitCount, complete
 from data_prep.splits import SPLITS, Losses, Split, documents, side
-from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from nemotron3_megatron.data.tokenizer import Tokenizer
 
 _BATCH_BYTES = 1_000_000
 TRUTH = "truth.jsonl"
@@ -91,7 +92,7 @@ class WriteShard(PipelineStep):  # type: ignore[misc]
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
         """Use up ``data``."""
         task = self.tasks[rank]
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = loaded(self.tokenizer)
         writers = {split: _SplitWriter(task, split, tokenizer) for split in SPLITS}
         for document in data:
             split = document.metadata.get("split") or side(document, self.recipe)
@@ -149,13 +150,12 @@ class _SplitWriter:
         self._write(self._tokenizer.encode_batch(self._waiting))
         self._waiting, self._waiting_bytes = [], 0
 
-    def _write(self, documents: Sequence[Sequence[int]]) -> None:
-        """Write documents of token ids, each with an end of document behind it."""
+    def _write(self, documents: Sequence[NDArray[np.int64]]) -> None:
+        """Write documents of token ids, (tokens,) int64, each with an end of document behind it."""
         if not documents:
             return
         end = np.array([self._tokenizer.eod])
-        pieces = [piece for ids in documents for piece in (np.asarray(ids, dtype=np.int64), end)]
-        tokens = np.concatenate(pieces)
+        tokens = np.concatenate([piece for ids in documents for piece in (ids, end)])
         self._indexed.add(tokens, [len(ids) + 1 for ids in documents])
         self._counts += np.bincount(tokens, minlength=len(self._counts))
         self._documents += len(documents)

@@ -250,7 +250,7 @@ def _paragraphs(text: str, tokenizer: Tokenizer) -> list[_Piece]:
     parts = text.split("\n\n")
     paragraphs = [*(f"{part}\n\n" for part in parts[:-1]), *filter(None, parts[-1:])]
     encoded = tokenizer.encode_batch(paragraphs)
-    return [_Piece(part, np.asarray(ids, dtype=np.int64)) for part, ids in zip(paragraphs, encoded, strict=True)]
+    return [_Piece(part, ids) for part, ids in zip(paragraphs, encoded, strict=True)]
 
 
 def _piece(text: str, tokenizer: Tokenizer) -> _Piece:

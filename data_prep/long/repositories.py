@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.long.order import dependency_order
 from data_prep.long.pack import Packed
 from nemotron3_megatron.data.tokenizer import Tokenizer
+
+_BATCH_CHARACTERS = 1_000_000
 
 
 def repository_documents(files: Mapping[str, str], limit: int, tokenizer: Tokenizer) -> Iterator[Packed]:
@@ -17,12 +20,11 @@ def repository_documents(files: Mapping[str, str], limit: int, tokenizer: Tokeni
     A document ends where the next file would not fit; a file that is longer than a document is cut.
     """
     room = limit - 1  # the end of document
-    parts = [f"==> {path} <==\n{files[path].rstrip()}\n\n" for path in dependency_order(files)]
+    parts = (f"==> {path} <==\n{files[path].rstrip()}\n\n" for path in dependency_order(files))
     texts: list[str] = []
-    pieces: list[np.ndarray] = []
+    pieces: list[NDArray[np.int64]] = []
     filled = 0
-    for text, ids in zip(parts, tokenizer.encode_batch(parts), strict=True):
-        tokens = np.asarray(ids, dtype=np.int64)
+    for text, tokens in _encoded(parts, tokenizer):
         if filled and filled + len(tokens) > room:
             yield Packed(np.concatenate(pieces), "".join(texts))
             texts, pieces, filled = [], [], 0
@@ -37,3 +39,16 @@ def repository_documents(files: Mapping[str, str], limit: int, tokenizer: Tokeni
         filled += len(tokens)
     if pieces:
         yield Packed(np.concatenate(pieces), "".join(texts))
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Texts and their ids; not all at once, a repository may be large."""
+    waiting: list[str] = []
+    size = 0
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield from zip(waiting, tokenizer.encode_batch(waiting), strict=True)
+            waiting, size = [], 0
+    yield from zip(waiting, tokenizer.encode_batch(waiting), strict=True)

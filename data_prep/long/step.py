@@ -9,11 +9,12 @@ from pathlib import Path
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from data_prep.loaded import loaded
 from data_prep.long.pack import Packed, Packer, QuestionPacker, TextPacker
 from data_prep.long.repositories import repository_documents
 from data_prep.recipe import LongConfig, Policy
 from data_prep.splits import SPLITS, repository_of_file, split_of
-from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from nemotron3_megatron.data.tokenizer import Tokenizer
 
 
 class LongDocuments(PipelineStep):  # type: ignore[misc]  # datatrove is not typed
@@ -38,7 +39,7 @@ class LongDocuments(PipelineStep):  # type: ignore[misc]  # datatrove is not typ
         Raises:
             UserError: a length cannot hold its questions, or questions have another form, when the policy is ``stop``.
         """
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = loaded(self.tokenizer)
         if self.config.kind == "repositories":
             yield from self._repositories(data, tokenizer)
             return

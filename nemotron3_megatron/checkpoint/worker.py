@@ -37,7 +37,8 @@ class WorkerDied(Exception):
 @dataclass(frozen=True, slots=True)
 class _Job:
     directory: Path
-    plan: SavePlan
+    plan: bytes
+    """A pickled ``SavePlan``: the same in every save of a run, and most of a job."""
     places: list[Staged | bytes]
     samples: tuple[Sample, ...]
 
@@ -60,6 +61,7 @@ class Worker:
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             )
         self._connection = mine
+        self._plan: tuple[SavePlan, bytes] | None = None
 
     @property
     def pid(self) -> int:
@@ -79,7 +81,9 @@ class Worker:
         places = self._staging.put(shards.data)
         # Taken from the live tensors after the copy, so that a copy that came too late or too early is found.
         samples = take_samples(shards.plan, shards.data, seed)
-        job = pickle.dumps(_Job(directory, shards.plan, places, samples))
+        if self._plan is None or self._plan[0] is not shards.plan:
+            self._plan = shards.plan, pickle.dumps(shards.plan)
+        job = pickle.dumps(_Job(directory, self._plan[1], places, samples))
         # Through memory: a pipe would make training wait for a process that is still starting.
         (letter,) = self._mail.put([torch.frombuffer(bytearray(job), dtype=torch.uint8)])
         try:
@@ -138,7 +142,7 @@ def main(connection: Connection, staging: Staging, mail: Staging) -> None:
 def _done(job: _Job, staging: Staging) -> Written | Exception:
     data = [io.BytesIO(place) if isinstance(place, bytes) else staging.get(place) for place in job.places]
     try:
-        return write(job.directory, job.plan, data, job.samples)
+        return write(job.directory, pickle.loads(job.plan), data, job.samples)
     except (OSError, ValueError) as error:
         return error
     except Exception as error:

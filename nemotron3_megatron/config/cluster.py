@@ -61,6 +61,8 @@ class ClusterConfig:
     """Failed segments in a row that are tried again."""
     retry_wait: Duration = ONE_MINUTE
     """Before the first retry; doubled for each further one, up to half an hour."""
+    restarts_in_job: int = 1
+    """Retries in a row that start anew on the same nodes, without waiting in the queue; further ones get a new job."""
 
     python: str | None = None
     """Interpreter of the processes; null: the one that submits, or ``python`` of the image."""
@@ -102,8 +104,9 @@ def check_cluster(cluster: ClusterConfig, place: Callable[[str], str | None]) ->
         value = getattr(cluster, number)
         if value is not None and value < 1:
             raise refuse(number, value, "must be positive", f"cluster.{number}=1, or null")
-    if cluster.retries < 0:
-        raise refuse("retries", cluster.retries, "must not be negative", "cluster.retries=0")
+    for number in ("retries", "restarts_in_job"):
+        if getattr(cluster, number) < 0:
+            raise refuse(number, getattr(cluster, number), "must not be negative", f"cluster.{number}=0")
     _check_times(cluster, refuse)
     for name in cluster.env:
         if not _VARIABLE.fullmatch(name):

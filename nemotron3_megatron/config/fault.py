@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-FaultKind = Literal["kill", "exit", "exception", "sigterm", "hang", "slow", "nan", "flip", "spike"]
+FaultKind = Literal["kill", "exit", "exception", "sigterm", "hang", "freeze", "slow", "nan", "flip", "spike"]
 """Before the step: kill (SIGKILL to itself), exit (status 3, without a word), exception, sigterm (to itself), hang
-(sleeps for ever), slow (sleeps ``seconds``). In it: nan (makes the decoder's output NaN), flip (the same, but only the
-first time that the step's batch is computed: what faulty hardware does), spike (scales the decoder's output by 50)."""
+(sleeps for ever), freeze (the same in native code that holds Python's lock), slow (sleeps ``seconds``). In it: nan
+(makes the decoder's output NaN), flip (the same, but only the first time that the step's batch is computed: what faulty
+hardware does), spike (scales the decoder's output by 50)."""
 
 
 class IllegalFaultError(ValueError):

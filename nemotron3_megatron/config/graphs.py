@@ -27,13 +27,16 @@ def why_no_graph(run: Run, *, spec: Literal["torch", "te"], backend: Literal["no
 
 def _obstacles(run: Run, spec: str, backend: str) -> dict[str, bool]:
     layout, parallel = run.layout, run.parallel
-    has_experts = "E" in run.model.pattern + run.model.mtp_pattern
+    layers = run.model.pattern + run.model.mtp_pattern
     shapes = {(part.seq_length, part.micro_batch_size) for stage in run.own_stages for part in stage.shapes}
     observed = run.precision_every_steps is not None
     counted = why_counts_on_cpu(run, native=backend == "native")
     return {
         "the torch spec counts experts' tokens on the CPU": spec != "te",
-        f"experts need their token counts on the CPU ({counted})": has_experts and bool(counted),
+        f"experts need their token counts on the CPU ({counted})": "E" in layers and bool(counted),
+        # On an H200 replays of Transformer Engine's plain causal attention read memory that was given back.
+        "attention is captured with isolated documents only (data.isolate_documents=true)": "*" in layers
+        and not run.data.isolate_documents,
         "pipeline stages wait for each other": layout.pp > 1,
         "collectives inside the passes (tp, cp, ep) are not captured": max(layout.tp, layout.cp, layout.ep) > 1,
         "overlapped reduction of gradients starts collectives inside the backward pass": parallel.overlap_grad_reduce,

@@ -284,9 +284,10 @@ class ResilienceConfig:
     """How often step times of all ranks are compared; null: never."""
     straggler_factor: float = 1.5
     """A rank that is slower than the median of all by this factor is reported."""
-    straggler: Literal["auto", "own", "nvrx"] = "auto"
+    straggler: Literal["auto", "own", "nvrx"] = "own"
     """own: times of steps and of a fixed piece of work. nvrx: also times of the step's CUDA kernels, taken by
-    nvidia-resiliency-ext, which must be there. auto: nvrx on CUDA where it can be loaded, else own."""
+    nvidia-resiliency-ext, which must be there. auto: nvrx on CUDA where it can be loaded, else own. own is the default
+    because nvrx has not run on a GPU yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from nemotron3_megatron.data.composition import blend_of, blends_of, planned
 from nemotron3_megatron.data.indexed import IndexedTokens
 from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
+_SHOWN_DOCUMENTS = 3
 _SHOWN_TOKENS = 60
 _PIPE_WIDTH = 140
 
@@ -141,8 +142,16 @@ def _show(
     console.print(stages)
     for name, corpus in corpora.items() if tokenizer is not None else ():
         assert tokenizer is not None
-        start = corpus.read(0, 0, min(_SHOWN_TOKENS, int(corpus.lengths[0])))
-        console.print(f"[bold]{name}[/], document 0 begins: {escape(repr(tokenizer.decode(start.tolist())))}")
+        for number, text in text_samples(corpus, tokenizer):
+            console.print(f"[bold]{name}[/], document {number:,} begins: {escape(repr(text))}", highlight=False)
+
+
+def text_samples(corpus: IndexedTokens, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
+    """Numbers and beginnings of documents evenly spread over a source, the same ones every time."""
+    documents = len(corpus.lengths)
+    for number in sorted({(2 * part + 1) * documents // (2 * _SHOWN_DOCUMENTS) for part in range(_SHOWN_DOCUMENTS)}):
+        start = corpus.read(number, 0, min(_SHOWN_TOKENS, int(corpus.lengths[number])))
+        yield number, tokenizer.decode(start.tolist())
 
 
 def draw_lengths(path: Path, lengths: dict[str, NDArray[np.int64]]) -> None:

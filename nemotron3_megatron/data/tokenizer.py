@@ -15,7 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.data.words import WordTable, word_pattern
 
 if TYPE_CHECKING:
     import tokenizers
@@ -45,8 +49,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without any special token."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts."""
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Token ids of several texts, (tokens,) int64 each."""
 
     def token_id(self, name: str) -> int | None:
         """Id of a token, special ones included; None: there is none of this name."""
@@ -99,10 +103,19 @@ class HuggingFaceTokenizer:
         """Token ids of a text, without any special token."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts."""
+    @cached_property
+    def _words(self) -> WordTable | None:
+        pattern = word_pattern(self.tokenizer)
+        return None if pattern is None else WordTable(self.tokenizer, pattern, self._encode_whole)
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         # "fast" leaves out the places of the tokens in the text, which nobody here reads
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Token ids of several texts, (tokens,) int64 each; keeps the ids of the words it has seen."""
+        return self._encode_whole(texts) if self._words is None else self._words.encode(texts)
 
     def token_id(self, name: str) -> int | None:
         """Id of a token, special ones included; None: there is none of this name."""
@@ -147,9 +160,9 @@ class TekkenTokenizer:
         """Token ids of a text, without any special token."""
         return list(self.tokenizer.encode(text, bos=False, eos=False))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts."""
-        return [self.encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Token ids of several texts, (tokens,) int64 each."""
+        return [np.array(self.encode(text), dtype=np.int64) for text in texts]
 
     def token_id(self, name: str) -> int | None:
         """Id of a special token; None: there is none of this name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from nemotron3_megatron.config.errors import UserError
@@ -41,9 +42,12 @@ def next_segment(run_dir: Path, segment: str, code: int) -> Verdict:
     this = next((found for found in known if found.name == segment), None)
     checkpoint = newest_checkpoint(run_dir)
     outcome = read_outcome(run_dir, segment, code)
-    now = Ending(outcome, this.begin_checkpoint if this else checkpoint, checkpoint, recorded_step(run_dir))
+    begun_at, job = this.begin_checkpoint if this else checkpoint, segment.partition(".")[0]
+    now = Ending(outcome, begun_at, checkpoint, recorded_step(run_dir), job)
     before = [found for found in known if found.name != segment]
     verdict = decide(now, before, submission.cluster, stop_wanted=stop_wanted(run_dir, segment))
+    if submission.world_at(begun_at) != submission.world_at(checkpoint):
+        verdict = replace(verdict, here=False)  # it failed in a stage that this job has not the nodes for
     segments.end(run_dir, segment, outcome, f"{verdict.word}: {verdict.reason}")
     write_file(run_dir / FILE_NAME, render(submission, submission.world_at(checkpoint)))
     return verdict

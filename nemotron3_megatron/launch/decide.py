@@ -23,10 +23,14 @@ class Verdict:
     """again: submit the next segment; done: the target is reached; stopped: on request; failed: it makes no sense."""
     reason: str
     wait_s: int = 0
+    here: bool = False
+    """Of again: in this very job, if its time suffices."""
 
     def __str__(self) -> str:
         """The one line that the batch script reads."""
-        return f"again {self.wait_s}" if self.word == "again" else self.word
+        if self.word != "again":
+            return self.word
+        return f"{'here' if self.here else 'again'} {self.wait_s}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,8 @@ class Ending:
     """Newest one now."""
     step: int
     """Last recorded."""
+    job: str
+    """Number of its Slurm job."""
 
     @property
     def problem(self) -> Outcome | None:
@@ -75,7 +81,10 @@ def decide(now: Ending, before: Sequence[Segment], cluster: ClusterConfig, *, st
     if len(earlier) >= cluster.retries:
         return Verdict("failed", f"{len(earlier) + 1} failed segments in a row; the last: {problem.error}")
     wait_s = min(round(cluster.retry_wait.value) * 2 ** len(earlier), LONGEST_WAIT_S)
-    return Verdict("again", f"retry {len(earlier) + 1} of {cluster.retries} after: {problem.error}", wait_s)
+    # Who leaves with 75 was told to: the job's time is over.
+    here = now.outcome.failed and sum(each.job == now.job for each in earlier) < cluster.restarts_in_job
+    which = f"retry {len(earlier) + 1} of {cluster.retries}{', in the same job,' if here else ''}"
+    return Verdict("again", f"{which} after: {problem.error}", wait_s, here)
 
 
 def _failures_in_a_row(now: Ending, before: Sequence[Segment]) -> list[Segment]:
@@ -94,7 +103,8 @@ def _failures_in_a_row(now: Ending, before: Sequence[Segment]) -> list[Segment]:
 def _problem(segment: Segment) -> Outcome | None:
     if segment.outcome is None:
         return None
-    return Ending(segment.outcome, segment.begin_checkpoint, segment.end_checkpoint, segment.end_step).problem
+    begun_at, checkpoint = segment.begin_checkpoint, segment.end_checkpoint
+    return Ending(segment.outcome, begun_at, checkpoint, segment.end_step, segment.job).problem
 
 
 def _same(now: Ending, problem: Outcome, segment: Segment) -> bool:

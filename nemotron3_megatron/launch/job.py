@@ -48,6 +48,8 @@ def render(submission: Submission, world: World) -> str:
         "python": shlex.join([*_inside(submission), submission.python]),
         "per_node": str(world.processes_per_node),
         "torchrun": shlex.join(numa),
+        # Beyond it a restart would be told to save and leave before it was worth its start.
+        "last_restart": str(round(cluster.time_limit.value - 2 * cluster.save_lead.value)),
         "tool": _tool(submission),
     }
     return _Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)

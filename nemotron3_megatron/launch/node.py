@@ -27,7 +27,8 @@ def main(arguments: Sequence[str]) -> int:
     exits = exits_directory(Path(run_dir), segment)
     exits.mkdir(parents=True, exist_ok=True)
     os.environ[DIRECTORY] = str(exits)
-    os.environ.setdefault("SLURM_RESTART_COUNT", "0")  # Slurm sets it from the first requeue on
+    # Slurm sets it from the first requeue on, and knows nothing of restarts in the same job.
+    os.environ["SLURM_RESTART_COUNT"] = segment.partition(".")[2]
     if node == 0:
         begin(Path(run_dir), segment, nodes=_nodes())
     cache = jit_cache.fill(Path(run_dir), os.environ.get("NEMOTRON3_JIT_CACHE"))

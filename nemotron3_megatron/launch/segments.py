@@ -21,7 +21,7 @@ class Segment:
     """One start of the run under Slurm."""
 
     name: str
-    """``JOB.RESTARTS``."""
+    """``JOB.RESTARTS``, or ``JOB.RESTARTS-TRY`` after a restart in the same job."""
     nodes: int
     begin_time: float
     begin_checkpoint: int
@@ -33,6 +33,11 @@ class Segment:
     """Last step that metrics.jsonl holds."""
     outcome: Outcome | None = None
     verdict: str = ""
+
+    @property
+    def job(self) -> str:
+        """Number of its Slurm job."""
+        return self.name.partition(".")[0]
 
 
 def begin(run_dir: Path, segment: str, *, nodes: int) -> None:

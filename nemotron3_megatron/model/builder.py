@@ -85,6 +85,17 @@ def check_supported(run: Run, platform: Platform, implementation: Spec) -> None:
             why="its kernels (DeepEP, HybridEP) run on CUDA only",
             nearest="parallel.moe_token_dispatcher_type=alltoall",
         )
+    if (
+        implementation == "te"
+        and run.layout.cp > 1
+        and run.precision.dtype == "fp32"
+        and not run.data.isolate_documents
+    ):
+        raise UserError(
+            f"parallel.cp={run.layout.cp} with precision.dtype=fp32 and data.isolate_documents=false",
+            why="Transformer Engine splits attention over ranks in BF16 only",
+            nearest="precision.dtype=bf16 or model.spec=torch",
+        )
     wanted = [module for module in run.parallel.recompute_modules if module in ("moe_act", "layernorm")]
     if implementation == "torch" and wanted:
         raise UserError(

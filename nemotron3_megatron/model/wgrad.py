@@ -55,14 +55,15 @@ def _add_at_once(buffers: Sequence[Tensor], gradients: Tensor) -> bool:
 
 
 def spacing(tensors: Sequence[Tensor]) -> int | None:
-    """Elements from each tensor to the next (negative: backwards), or None where they differ.
+    """Elements from each tensor to the next (negative: backwards); None where they differ, or storages do.
 
     Args:
         tensors: contiguous, of one shape and type.
     """
     places = [tensor.data_ptr() for tensor in tensors]
     steps = {after - before for before, after in pairwise(places)} or {0}
-    if len(steps) > 1:
+    # What lies between the ends of one storage is in it; allocations of their own may be neighbours by chance.
+    if len(steps) > 1 or tensors[0].untyped_storage().data_ptr() != tensors[-1].untyped_storage().data_ptr():
         return None
     return steps.pop() // tensors[0].element_size()
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from nemotron3_megatron.platform.base import core_count
+from nemotron3_megatron.resilience.native import usable_tool
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,12 +79,12 @@ PACKAGES = (
     ),
     Package("mamba-ssm", "mamba_ssm.ops.triton.ssd_combined", "cuda", _TORCH_SPEC, _CUDA),
     Package("causal-conv1d", "causal_conv1d", "cuda", _TORCH_SPEC, _CUDA),
-    Package("nvidia-modelopt", "modelopt", "cuda", "no export of quantised models", _CUDA),
+    Package("nvidia-modelopt", "modelopt", "cuda", "no `nemotron3 quantise`", _CUDA),
     Package(
         "nvidia-resiliency-ext",
         "nvidia_resiliency_ext",
         "cuda",
-        "checkpoints are written by Megatron-Core's own asynchronous writer; no straggler detection",
+        "slow ranks are told by their steps and a fixed piece of work, not by the times of their kernels",
         _CUDA,
     ),
     Package(
@@ -124,6 +125,8 @@ class Diagnosis:
     """GPUs with memory and architecture; empty on a CPU machine."""
     cuda: str
     """CUDA version torch was built with and whether it is usable."""
+    native_stacks: str
+    """What shows the native stacks of a rank that hangs, or why nothing does."""
     findings: tuple[Finding, ...]
 
     @property
@@ -152,6 +155,7 @@ def diagnose(packages: tuple[Package, ...] = PACKAGES) -> Diagnosis:
         free_disk_gib=shutil.disk_usage(".").free / 2**30,
         devices=devices,
         cuda=cuda,
+        native_stacks=usable_tool(),
         findings=findings,
     )
 
@@ -208,6 +212,7 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
         ("Free disk", f"{diagnosis.free_disk_gib:.1f} GiB"),
         ("Devices", "; ".join(diagnosis.devices) or "CPU only"),
         ("CUDA", diagnosis.cuda),
+        ("Stacks", f"of a rank that hangs: {diagnosis.native_stacks}"),
     ):
         console.print(Text.assemble((f"{label:<10}", "bold"), value))
 

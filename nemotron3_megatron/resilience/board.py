@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from nemotron3_megatron.resilience.failure import Failure, attempt_name, root_cause
+from nemotron3_megatron.resilience.failure import Failure, root_cause
+from nemotron3_megatron.resilience.native import kernel_view, native_stacks
 
 FAILURES, STACKS = "failures", "stacks"
 ROOT_CAUSE = "root_cause.json"
@@ -19,15 +21,25 @@ LOST_PEER_GRACE_S = 5.0
 """A rank that lost a peer waits this long for the peer's own word, then decides."""
 HANG_GRACE_S = 10.0
 """How long the rank that found a hang waits for the stacks of the others; their polls are a second apart."""
-ANSWER_S = 3.0
+ANSWER_S = 5.0
 """How long ranks have to show that they are there, after one of them is found to be gone."""
+Call = Literal["hang", "lost"]
+"""Why everybody is asked where it is: nothing moves, or a peer is gone."""
 
 
 class Board:
     """One rank's view of the failures of this start."""
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int, environment: Mapping[str, str]) -> None:
-        attempt = attempt_name(environment)
+    def __init__(self, run_dir: Path, rank: int, world_size: int, attempt: str) -> None:
+        """Prepare; nothing is written before there is something to say.
+
+        Args:
+            run_dir: of the run.
+            rank: of this process.
+            world_size: ranks in all.
+            attempt: name of this start, alike on all its ranks.
+        """
+        self.run_dir, self.attempt = run_dir, attempt
         self.rank, self.world_size = rank, world_size
         self.folder = run_dir / FAILURES / attempt
         self.stacks = run_dir / STACKS / attempt
@@ -38,14 +50,47 @@ class Board:
         """Whether the root cause of this start is known."""
         return self._is_new(self.folder / ROOT_CAUSE)
 
-    def hanging(self) -> bool:
-        """Whether some rank has found that this start hangs, and wants everybody's stack."""
-        return self._is_new(self.folder / "hang")
+    def called(self) -> Call | None:
+        """Whether some rank wants everybody's stack, and why."""
+        path = self.folder / "call"
+        if not self._is_new(path):
+            return None
+        return "hang" if path.read_text(encoding="utf-8").strip() == "hang" else "lost"
 
-    def call_hang(self) -> None:
-        """Ask every rank for its stack."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "hang").touch()
+    def call(self, why: Call) -> None:
+        """Ask every rank for its stack; the first call stands."""
+        if self.called() is None:
+            _write(self.folder / "call", why)
+
+    def has_answered(self) -> bool:
+        """Whether this rank has left its record."""
+        return self._is_new(self.folder / f"rank_{self.rank:05d}.json")
+
+    def write_stacks(self, python: str, pid: int) -> None:
+        """Keep Python's stacks of this rank, and what the kernel knows of its threads.
+
+        Args:
+            python: of all threads.
+            pid: of the rank.
+        """
+        _write(self.stacks / f"rank_{self.rank:05d}.txt", f"{python}\n{kernel_view(pid)}")
+
+    def write_native_stacks(self, pid: int, seconds: float) -> None:
+        """Keep the native stacks of this rank, or why there are none; from another process than the rank."""
+        _write(self._native_path, native_stacks(pid, seconds))
+
+    def has_native_stacks(self) -> bool:
+        """Whether they are there, whole."""
+        return self._is_new(self._native_path)
+
+    def words(self, cause: Failure) -> str:
+        """What to show of a root cause."""
+        stacks = f", stacks: {self.stacks}" if cause.kind == "hang" else ""
+        return f"{cause.text()}  records: {self.folder}{stacks}\n"
+
+    @property
+    def _native_path(self) -> Path:
+        return self.stacks / f"rank_{self.rank:05d}_native.txt"
 
     def report(self, failure: Failure, *, wait: Callable[[float], None] = time.sleep) -> Failure | None:
         """Leave this rank's failure and see to it that one rank decides.
@@ -62,7 +107,7 @@ class Board:
         if failure.kind == "hang":
             self._wait_for(self._all_answered, HANG_GRACE_S, wait)
         elif failure.kind == "lost_peer":
-            self.call_hang()  # those who do not answer now are gone
+            self.call("lost")  # those who do not answer now are gone
             self._wait_for(self._all_answered, ANSWER_S, wait)
         found_cause = root_cause(failure, self._records())
         _write(self.folder / ROOT_CAUSE, found_cause.to_json())

@@ -44,6 +44,8 @@ class Failure:
     """Python's traceback, innermost frame last."""
     waiting: bool = False
     """Of a hang: the rank waits for others, so that the reason lies elsewhere."""
+    mute: bool = False
+    """Of a hang: native code holds Python's lock; a collective gives it up while it waits."""
     time_s: float
     """Seconds since 1970."""
     world_size: int
@@ -103,7 +105,7 @@ def root_cause(mine: Failure, records: Sequence[Failure]) -> Failure:
         error = f"ended without a word: killed, out of memory, or its node is lost (rank {mine.rank}: {mine.error})"
         gone = replace(mine, kind="lost_rank", rank=missing[0], host="an unknown host", error=error, stack="")
         return replace(gone, others=f"{_count(len(known), 'rank')} answered, {ranks_text(missing)} did not")
-    first = min(records, key=lambda record: (record.step, record.waiting, record.time_s, record.rank))
+    first = min(records, key=_suspicion)
     silent = f"; no answer from {ranks_text(missing)}" if missing else ""
     return replace(first, others=_where(records) + silent)
 
@@ -116,14 +118,30 @@ def ranks_text(ranks: Iterable[int]) -> str:
     return f"rank{'s' if len(numbers) != 1 else ''} {text}"
 
 
-def attempt_name(environment: Mapping[str, str]) -> str:
+def attempt_name(environment: Mapping[str, str], process: int, parent: int) -> str:
     """A name for this start that all its ranks derive alike without talking, and no other start of the run has.
 
-    A SLURM job and its requeues, torchrun's rendezvous and its restarts, and the port of the world tell starts apart.
+    A SLURM job and its requeues, torchrun's rendezvous and its restarts, and the port of the world tell starts apart;
+    on one node also torchrun's process, since the same command once more has the same port.
+
+    Args:
+        environment: of this rank.
+        process: its number.
+        parent: of the process that started it.
     """
     names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     parts = [environment[name] for name in names if environment.get(name, "none") != "none"]
-    return "_".join("".join(c if c.isalnum() or c == "-" else "-" for c in part)[:40] for part in parts) or "single"
+    world = environment.get("WORLD_SIZE", "1")
+    if world == "1":
+        parts.append(f"process-{process}")
+    elif "TORCHELASTIC_RESTART_COUNT" in environment and environment.get("LOCAL_WORLD_SIZE") == world:
+        parts.append(f"torchrun-{parent}")
+    return "_".join("".join(c if c.isalnum() or c == "-" else "-" for c in part)[:40] for part in parts)
+
+
+def _suspicion(record: Failure) -> tuple[int, bool, bool, float, int]:
+    """Least of the rank that holds up the others."""
+    return record.step, record.waiting, not record.mute, record.time_s, record.rank
 
 
 def _where(records: Sequence[Failure]) -> str:
@@ -139,7 +157,8 @@ def innermost(stack: str) -> str:
     if not frames:
         return "somewhere"
     name, line, function = (part.strip() for part in frames[-1].split(",", 2))
-    return f"{function.removeprefix('in ')} ({name.rsplit('/', 1)[-1].strip(chr(34))}:{line.removeprefix('line ')})"
+    file = name.removeprefix('File "').rstrip('"').rsplit("/", 1)[-1]
+    return f"{function.removeprefix('in ')} ({file}:{line.removeprefix('line ')})"
 
 
 def is_waiting(frames: Sequence[Any]) -> bool:

@@ -12,16 +12,18 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from tempfile import TemporaryFile
 from typing import NoReturn
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import ResilienceConfig
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.launch.exit_record import leave_record
+from nemotron3_megatron.launch.exit_record import leave_record, without_secrets
 from nemotron3_megatron.resilience.board import Board
-from nemotron3_megatron.resilience.failure import Failure, Kind, is_waiting, kind_of
+from nemotron3_megatron.resilience.failure import Failure, Kind, attempt_name, is_waiting, kind_of
+from nemotron3_megatron.resilience.place import Place
+from nemotron3_megatron.resilience.sentry import NATIVE_S, Sentry
 
 EXIT_FAILURE = 1
 POLL_S = 1.0
@@ -30,31 +32,25 @@ POLL_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank is, and since when (``time.monotonic``)."""
-
-    phase: str
-    step: int
-    stage: str
-    since: float
-
-
 class Watch:
-    """Keeps the place of the main thread; a second thread compares it with the limits."""
+    """Keeps the place of the main thread; a second thread compares it with the limits; a process looks after both."""
 
-    def __init__(self, board: Board, limits_s: Mapping[str, float], *, poll_s: float = POLL_S) -> None:
+    def __init__(
+        self, board: Board, limits_s: Mapping[str, float], *, poll_s: float = POLL_S, native_s: float = NATIVE_S
+    ) -> None:
         """Prepare.
 
         Args:
             board: of this rank.
             limits_s: longest time in each phase; one that is not named has no limit.
             poll_s: seconds between looks.
+            native_s: longest time that native stacks may take.
         """
         self._board = board
         self._limits = dict(limits_s)
-        self._poll_s = poll_s
-        self._place = Place("start", 0, "", time.monotonic())
+        self._poll_s, self._native_s = poll_s, native_s
+        self._sentry: Sentry | None = None
+        self._place = self._at("start", 0, "")
         self._main = threading.get_ident()
         self._ended = threading.Event()
         self._leaving = threading.Lock()
@@ -62,15 +58,24 @@ class Watch:
 
     def start(self) -> None:
         """Begin to look."""
+        try:
+            self._sentry = Sentry(self._board, self._poll_s, self._native_s)
+        except OSError as error:
+            _log.warning("no native stacks and no watch over native code: %s", error)
         self._thread.start()
+        if self._sentry is not None:
+            self._sentry.place.beat(time.monotonic(), self._thread.native_id or 0)
+            self._sentry.place.put(self._place)
 
     def close(self) -> None:
         """The rank is done."""
         self._ended.set()
+        if self._sentry is not None:
+            self._sentry.close()
 
     def enter(self, phase: str, step: int, stage: str) -> None:
         """The main thread begins something else."""
-        self._place = Place(phase, step, stage, time.monotonic())
+        self._move(self._at(phase, step, stage))
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -79,9 +84,9 @@ class Watch:
         An exception leaves the phase as it is: the failure will name it.
         """
         before = self._place
-        self._place = replace(before, phase=phase, since=time.monotonic())
+        self._move(self._at(phase, before.step, before.stage))
         yield
-        self._place = replace(before, since=time.monotonic())
+        self._move(replace(before, since=time.monotonic()))
 
     def fail(self, error: BaseException) -> NoReturn:
         """Report an exception and end the process."""
@@ -92,20 +97,34 @@ class Watch:
         stack = "".join(traceback.format_tb(error.__traceback__)[1:])
         self._leave(kind, " ".join(words.split()), stack)
 
+    def _at(self, phase: str, step: int, stage: str) -> Place:
+        return Place(phase, step, stage, time.monotonic(), self._limits.get(phase))
+
+    def _move(self, place: Place) -> None:
+        self._place = place
+        if self._sentry is not None:
+            self._sentry.place.put(place)
+
     def _look(self) -> None:
+        thread = threading.get_native_id()
         while not self._ended.wait(self._poll_s):
-            place = self._place
-            limit = self._limits.get(place.phase)
-            late = limit is not None and time.monotonic() - place.since > limit
-            if late or self._board.hanging():
-                self._hang(limit if late else None)
-            elif self._board.decided():
+            now, place = time.monotonic(), self._place
+            if self._sentry is not None:
+                self._sentry.place.beat(now, thread)
+            late = place.late(now)
+            if late or self._board.called():
+                self._hang(place.limit_s if late else None)
+            elif self._board.decided() and self._leaving.acquire(blocking=False):  # else the main thread is at it
                 self._quit()
 
     def _hang(self, limit_s: float | None) -> NoReturn:
-        self._board.call_hang()
         frames = traceback.extract_stack(sys._current_frames()[self._main])
-        self._dump_all_threads()
+        try:
+            if limit_s is not None:
+                self._board.call("hang")
+            self._board.write_stacks(python_stacks(), os.getpid())
+        except OSError as problem:
+            _log.error("the stacks could not be kept: %s", problem)
         found = (
             f"no progress within {limit_s:g} s"
             if limit_s is not None
@@ -115,13 +134,6 @@ class Watch:
         error = found + (", waiting for other ranks" if waiting else "")
         leave_record(EXIT_FAILURE, TimeoutError(error))
         self._leave("hang", error, "".join(traceback.format_list(frames)), waiting=waiting)
-
-    def _dump_all_threads(self) -> None:
-        self._board.stacks.mkdir(parents=True, exist_ok=True)
-        path = self._board.stacks / f"rank_{self._board.rank:05d}.txt"
-        with path.open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.write("\n" + native_threads())
 
     def _leave(self, kind: Kind, error: str, stack: str, *, waiting: bool = False) -> NoReturn:
         if not self._leaving.acquire(blocking=False):
@@ -134,8 +146,8 @@ class Watch:
             step=place.step,
             stage=place.stage,
             phase=place.phase,
-            error=error,
-            stack=stack[-20_000:],
+            error=without_secrets(error),
+            stack=without_secrets(stack[-20_000:]),
             waiting=waiting,
             time_s=time.time(),
             world_size=self._board.world_size,
@@ -146,7 +158,9 @@ class Watch:
             _log.error("the failure could not be recorded: %s", problem)
             cause = failure
         if cause is not None:
-            sys.stderr.write(f"{cause.text()}  records: {self._board.folder}\n")
+            sys.stderr.write(self._board.words(cause))
+        if kind == "hang" and self._sentry is not None and self._board.called() == "hang":
+            self._sentry.take_stacks()
         self._quit()
 
     def _quit(self) -> NoReturn:
@@ -176,7 +190,8 @@ def watched(run: Run) -> Iterator[Watch]:
         UserError: as it came; the caller shows it.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    watch = Watch(Board(run.run_dir, rank, world_size, os.environ), limits_of(run.resilience))
+    board = Board(run.run_dir, rank, world_size, attempt_name(os.environ, os.getpid(), os.getppid()))
+    watch = Watch(board, limits_of(run.resilience))
     if run.resilience.watchdog:
         watch.start()
     try:
@@ -189,14 +204,9 @@ def watched(run: Run) -> Iterator[Watch]:
     watch.close()
 
 
-def native_threads() -> str:
-    """Name, state and kernel function of every thread of this process (Linux); empty elsewhere."""
-    lines = []
-    for task in sorted(Path("/proc/self/task").glob("*")):
-        try:
-            state = (task / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            name, at = (task / "comm").read_text().strip(), (task / "wchan").read_text().strip()
-        except OSError:  # it has ended meanwhile
-            continue
-        lines.append(f"thread {task.name} {name}: state {state}, in {at or 'unknown'}\n")
-    return "".join(lines)
+def python_stacks() -> str:
+    """Python's stacks of all threads of this process."""
+    with TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()

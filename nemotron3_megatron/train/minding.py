@@ -17,6 +17,7 @@ from nemotron3_megatron.telemetry.records import Health
 from nemotron3_megatron.train.callbacks.base import Callback, StepEvent
 from nemotron3_megatron.train.callbacks.faults import Faults
 from nemotron3_megatron.train.callbacks.health import HealthTelemetry
+from nemotron3_megatron.train.callbacks.kernel_times import kernel_times
 from nemotron3_megatron.train.callbacks.recording import Evaluate
 from nemotron3_megatron.train.callbacks.spikes import StepJudge
 from nemotron3_megatron.train.callbacks.stragglers import Stragglers
@@ -97,6 +98,7 @@ def mind(trainer: Trainer, watch: Watch, store: CheckpointStore) -> Minding:
         first.append(measured)
     last: list[Callback] = [judge]
     if run.straggler_every_steps:
-        factor = run.resilience.straggler_factor
-        last.insert(0, Stragglers(run.straggler_every_steps, factor, trainer.platform, incidents))
+        factor, measured_by = run.resilience.straggler_factor, kernel_times(run.resilience.straggler, trainer.platform)
+        places = (incidents, run.run_dir, measured_by)
+        last.insert(0, Stragglers(run.straggler_every_steps, factor, trainer.platform, *places))
     return Minding(replace(trainer, judge=judge), first, last, watch, measured)

@@ -47,6 +47,7 @@ def tiny_run(
     seed: int = 11,
     device: Literal["cpu", "cuda"] = "cpu",
     spec: Literal["torch", "te"] = "torch",
+    cuda_graph: Literal["none", "passes"] = "none",
 ) -> Run:
     """``stack`` carries the pipeline cuts, which are left out when pp = 1."""
     pattern = stack.replace("|", "")
@@ -105,6 +106,7 @@ def tiny_run(
             ep=ep,
             etp=etp,
             moe_token_dispatcher_type=dispatcher,
+            cuda_graph=cuda_graph,
             distributed_optimizer=distributed_optimizer,
             overlap_grad_reduce=overlap,
             overlap_param_gather=overlap and distributed_optimizer,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 from layouts import batches, started
-from tiny import tiny_run
 
-from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.train.callbacks.base import StepEvent
 from nemotron3_megatron.train.callbacks.health import HealthTelemetry
 from nemotron3_megatron.train.step import Trainer, evaluate, train_step
 
 STEPS = 6
+GPU = {"device": "cuda", "spec": "te", "dtype": "bf16"}
 MODES = {"eager": "none", "again": "none", "graph": "passes"}
-
-
-def graphed_run(world_size: int, *, cuda_graph: str, **options: Any) -> Run:
-    run = tiny_run(world_size, device="cuda", spec="te", dtype="bf16", **options)
-    return replace(run, parallel=replace(run.parallel, cuda_graph=cuda_graph))
 
 
 def compare(options: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +30,7 @@ def compare(options: dict[str, Any]) -> dict[str, Any]:
     reference: dict[str, torch.Tensor] = {}
     for offset, (mode, cuda_graph) in enumerate(MODES.items()):
         os.environ["MASTER_PORT"] = str(port + offset)
-        with started({"cuda_graph": cuda_graph, **options}, graphed_run) as trainer:
+        with started({**GPU, "cuda_graph": cuda_graph, **options}) as trainer:
             results[mode] = _train(trainer)
             results[mode]["captures"] = len(trainer.captured._captures) if trainer.captured else 0
             found = _gradients(trainer)

@@ -22,8 +22,8 @@ pytestmark = [
 
 BF16 = 2e-2
 WORLDS: dict[str, tuple[int, dict[str, Any]]] = {
-    "isolated": (1, {}),
-    "open": (1, {"isolate_documents": False}),
+    "one": (1, {}),
+    "without_attention": (1, {"isolate_documents": False, "stack": "MEM-", "mtp_depths": 0}),
     "dp2": (2, {}),
 }
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import psutil
@@ -26,7 +27,8 @@ SMALL = (
     "cluster.processes_per_node=1",
     "cluster.retry_wait=1 s",
 )
-SECRET = {"WANDB_API_KEY": "0123456789abcdef-secret", "HF_TOKEN": "hf_another-secret"}
+SECRET = {name: token_hex(20) for name in ("WANDB_API_KEY", "HF_TOKEN")}
+"""Made anew each time: a run directory also holds a copy of this file."""
 
 
 def nemotron3(lab: Lab, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> tuple[int, str, str]:

@@ -51,8 +51,8 @@ def disturbed(lab: Lab, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     run.when_trained(job, 4)
     run.rank(1).send_signal(signal.SIGKILL)
-    ends["killed"] = Ended(job, lab.wait_for(job, "FAILED", timeout_s=300))
-    job = run.next_job(job)
+    run.when(lambda: len(run.begun(job)()) == 2, "a restart on the same nodes")
+    ends["killed"] = Ended(job, lab.job(job))
 
     run.when_trained(job, 3)
     with lab.without_controller():
@@ -61,7 +61,7 @@ def disturbed(lab: Lab, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     lab.crash("n2")
     lab.wait_until(lambda: lab.job(job)["Restarts"] == "1", 300, "requeue after the node's death")
     lab.start_node("n2")
-    run.when(lambda: len(run.begun(job)()) == 2, "a second beginning of the same job")
+    run.when(lambda: len(run.begun(job)()) == 3, "a third beginning of the same job")
     run.when_trained(job, 3)
     lab.call("scancel", job)
     ends["node lost, then cancelled"] = Ended(job, lab.wait_for(job, "CANCELLED", timeout_s=300))
@@ -113,16 +113,21 @@ def test_each_ending_was_what_it_should_be(disturbed: tuple[Submitted, dict[str,
     assert verdicts["warned"] == verdicts["preempted"] == ["again: saved, and wants to go on"]
     assert verdicts["stopped"] == ["stopped: on request"]
     assert codes["finished"] == [0]
-    assert codes["node lost, then cancelled"] == [], "Slurm ended both, and nothing was to be decided"
+    assert len(codes["killed"]) == 1
+    assert codes["node lost, then cancelled"] == codes["killed"], "Slurm ended both, and nothing was to be decided"
     assert ends["stopped"].state["JobState"] == ends["preempted"].state["JobState"] == "COMPLETED"
 
 
 def test_a_killed_rank_is_named_though_torchrun_says_1(disturbed: tuple[Submitted, dict[str, Ended]]) -> None:
     run, ends = disturbed
     (end,) = by_job(run, ends["killed"].job)
-    assert end["verdict"].startswith("again: retry 1 of 3")
+    assert end["verdict"].startswith("again: retry 1 of 3, in the same job, after: ")
     assert (end["rank"], end["host"]) == (1, "n2") or "rank 1" in end["error"], end
-    assert ends["killed"].state["JobState"] == "FAILED"
+    assert ends["killed"].state["JobState"] == "RUNNING"
+    assert ends["killed"].job == ends["node lost, then cancelled"].job
+    begun = [event["segment"] for event in run.events() if event["event"] == "begin"]
+    job = ends["killed"].job
+    assert [name for name in begun if name.startswith(f"{job}.")] == [f"{job}.0", f"{job}.0-1", f"{job}.1"]
 
 
 def test_status_tells_the_run(lab: Lab, disturbed: tuple[Submitted, dict[str, Ended]]) -> None:

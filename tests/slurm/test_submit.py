@@ -41,7 +41,11 @@ def test_what_slurm_refuses_is_not_submitted_and_leaves_nothing(
 
 @pytest.mark.slow
 def test_the_same_failure_twice_ends_the_chain_with_its_reason(lab: Lab, data: Path, tmp_path: Path) -> None:
-    fault = ("debug.allow_faults=true", 'debug.fault="exception:rank=1,step=7,times=0"')
+    fault = (
+        "debug.allow_faults=true",
+        'debug.fault="exception:rank=1,step=7,times=0"',
+        "cluster.restarts_in_job=0",
+    )
     run = Submitted.start(lab, tmp_path / "run", data, *fault)
     assert lab.wait_for(run.first_job, "FAILED", "COMPLETED", timeout_s=400)["JobState"] == "FAILED"
     second = run.next_job(run.first_job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -84,6 +85,8 @@ class Faults(Callback):
             case "hang":
                 while True:
                     time.sleep(1.0)
+            case "freeze":
+                ctypes.PyDLL(None).pause()  # PyDLL, unlike CDLL, keeps Python's lock
             case "slow":
                 time.sleep(fault.seconds)
             case "nan" | "flip":

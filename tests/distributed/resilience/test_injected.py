@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,23 @@ def test_a_killed_rank_is_restarted_by_torchrun(
     assert (cause.kind, cause.rank, cause.step, cause.stage) == ("lost_rank", 1, 6, "main")
 
 
-def test_a_hang_ends_with_the_stack_of_the_rank_that_hangs(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fault", "code"), [("hang", 1), ("freeze", -signal.SIGKILL)])
+def test_a_hang_ends_with_the_stack_of_the_rank_that_hangs(fault: str, code: int, data: Path, tmp_path: Path) -> None:
+    """Also where it holds Python's lock, so that the process beside it must speak for it and end it."""
     run_dir = tmp_path / "run"
     # Far above a step of this model (0.4 s) even on a busy machine; the first step has a limit of its own.
-    outcome = ended(faulty(run_dir, data, "hang:rank=1,step=3", "resilience.step_timeout_s=20.0"))
-    assert outcome.codes == (1, 1), outcome.output
+    outcome = ended(faulty(run_dir, data, f"{fault}:rank=1,step=3", "resilience.step_timeout_s=20.0"))
+    assert outcome.codes == (1, code), outcome.output
     assert outcome.output.count("failed: rank") == 1
     (cause,) = read_root_causes(run_dir)
     assert (cause.kind, cause.rank, cause.step, cause.phase) == ("hang", 1, 3, "step")
+    assert ("native code has held Python's lock" in cause.error) == (fault == "freeze")
     assert "in _happen" in cause.stack
     assert "rank 0: step 3, step: " in cause.others
-    assert len(list(run_dir.glob("stacks/*/rank_*.txt"))) == 2
+    stacks = {path.name: path.read_text() for path in run_dir.glob("stacks/*/*.txt")}
+    assert set(stacks) == {f"rank_0000{rank}{kind}.txt" for rank in (0, 1) for kind in ("", "_native")}
+    if fault == "freeze" and stacks["rank_00001_native.txt"].startswith("native stacks ("):
+        assert "pause (" in stacks["rank_00001_native.txt"], "the C function that it is in"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,9 @@ def test_a_slow_rank_is_named(troubled: tuple[Path, Outcome]) -> None:
     assert "2 ranks: step p50" in outcome.output
     named = [incident.text for incident in of_kind(run_dir, "straggler") if "starts its steps" in incident.text]
     assert any(text.startswith("rank 1 on ") for text in named), outcome.output
+    times = json.loads((run_dir / "rank_times.json").read_text())
+    assert times["step"] == STEPS
+    assert [0 < rank["step_p50"] <= rank["step_p95"] for rank in times["ranks"]] == [True, True]
 
 
 def test_numbers_that_stay_bad_end_the_run_in_one_voice(troubled: tuple[Path, Outcome]) -> None:
@@ -152,3 +162,11 @@ def test_metrics_hold_health_of_sampled_steps(troubled: tuple[Path, Outcome]) ->
     (held_out,) = [json.loads(line) for line in (run_dir / "validation.jsonl").read_text().splitlines()][:1]
     assert set(held_out["health"]["max_violation"]) == {"1", "mtp 1"}
     assert os.stat(run_dir / "incidents.jsonl").st_size
+
+
+def test_others_see_nothing_of_a_run(troubled: tuple[Path, Outcome]) -> None:
+    """Of what training wrote; the report is this process' own."""
+    run_dir, _ = troubled
+    written = [path for path in (run_dir, *run_dir.rglob("*")) if path.suffix not in (".png", ".html")]
+    assert len(written) > 20
+    assert [path for path in written if path.lstat().st_mode & 0o007] == []

@@ -32,6 +32,7 @@ def test_several_gpus_must_ask() -> None:
     [
         ("parallel.cuda_graph=none", "parallel.cuda_graph=none"),
         ("precision.dtype=fp32", "precision.dtype=fp32"),
+        ("data.isolate_documents=false", "isolated documents"),
         ("parallel.overlap_grad_reduce=true", "inside the backward pass"),
         ("stages.pretrain.other_lengths={short: {seq_length: 4096, share: 0.5}}", "differ in their shapes"),
     ],

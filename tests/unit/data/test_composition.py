@@ -173,3 +173,22 @@ def test_inspect_says_what_the_blend_really_is(write_corpus, numbered, tmp_path:
     ]
     assert (tmp_path / "run/document_lengths.png").stat().st_size > 1000
     assert main(["data", "look"]) == 2
+
+
+def test_inspect_shows_documents_from_everywhere(write_corpus, tmp_path: Path, capsys) -> None:
+    """The beginnings of three of ten documents; of a source of two, both."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[x]": 0, "<|endoftext|>": 1, **{f"word{number}": 2 + number for number in range(10)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[x]"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ten = write_corpus("ten", [[2 + number] * (number + 1) + [1] for number in range(10)])
+    two = write_corpus("two", [[2, 2, 1], [3, 3, 1]])
+    settings = ["recipe=tiny", f"run_dir={tmp_path}/run", "data=custom", f"data.tokenizer={tmp_path}/tokenizer.json"]
+    settings += [f"data.sources.ten={{path: {ten}}}", f"data.sources.two={{path: {two}}}", "data.eod_token=1"]
+    settings += ["stages.main.seq_length=8", "stages.main.tokens=3 steps", "optimizer.lr_warmup=1 steps"]
+    assert main(["data", "inspect", *settings, "optimizer.lr_wsd_decay=1 steps"]) == 0
+    shown = [line.split(" begins: ") for line in capsys.readouterr().out.splitlines() if " begins: " in line]
+    expected = {f"ten, document {number}": " ".join([f"word{number}"] * (number + 1)) for number in (1, 5, 8)}
+    expected |= {f"two, document {number}": f"word{number} word{number}" for number in (0, 1)}
+    assert dict(shown) == {name: repr(text) for name, text in expected.items()}

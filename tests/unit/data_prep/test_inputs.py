@@ -36,6 +36,19 @@ def test_directory_by_suffix(tree: Path, caplog: pytest.LogCaptureFixture) -> No
     assert "1 files of unknown kind are left out (x.png" in caplog.text
 
 
+def test_a_link_to_a_file_of_the_directory_counts_once(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("elsewhere")
+    (tree / "deep" / "again.txt").symlink_to("../b.txt")
+    (tree / "image.txt").symlink_to("deep/x.png")
+    (tree / "out.txt").symlink_to(tmp_path / "elsewhere")
+    (tree / "dangling.txt").symlink_to("nowhere")
+    names = [name for name, _ in found(tree)]
+    assert names == ["a.jsonl", "b.txt", "deep/c.parquet", "deep/d.jsonl.zst", "f.txt.gz", "image.txt", "out.txt"]
+    (tree / "out2.txt").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="twice"):
+        found(tree)
+
+
 def test_globs_files_and_a_chosen_format(tree: Path) -> None:
     assert found(tree / "deep" / "*.jsonl.zst", tree / "b.txt") == [("d.jsonl.zst", "jsonl"), ("b.txt", "text")]
     assert found(tree / "deep" / "x.png", format="text") == [("x.png", "text")]

@@ -8,8 +8,10 @@ from collections import defaultdict
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_prep.long import repositories as repositories_module
 from data_prep.long.order import dependency_order
 from data_prep.manifest import Manifest
 from nemotron3_megatron.data.indexed import IndexedTokens
@@ -244,3 +246,17 @@ def test_repositories(prepare, tmp_path: Path, as_records: bool) -> None:
         assert not any(f"of {other}\n" in text for text in own for other in {"one", "two", "three"} - {name})
         assert re.findall(r"==> (.*) <==", own[0])[0].endswith("src/m5.py")
     assert sum(text.count("x = 'long line'\n") for text in texts) >= 400 - len(texts)  # cut lines are in two documents
+
+
+@pytest.mark.parametrize("batch", [1, 150, 10**6])
+def test_a_large_repository_is_tokenised_in_batches(tmp_path: Path, prepare, monkeypatch, batch: int) -> None:
+    """Where batches end decides nothing: documents hold the files' own ids, each file once."""
+    (tmp_path / "text.txt").write_text("value = file\n" * 50)
+    assert prepare([tmp_path / "text.txt"], "out", "tokenizer.vocab_size=260") == 0
+    tokenizer = load_tokenizer(tmp_path / "out")
+    monkeypatch.setattr(repositories_module, "_BATCH_CHARACTERS", batch)
+    files = {f"m{number}.txt": f"file {number}\n" * (3 * number + 1) for number in range(9)}
+    found = list(repositories_module.repository_documents(files, 200, tokenizer))
+    expected = [tokenizer.encode(f"==> {name} <==\n{text.rstrip()}\n\n") for name, text in files.items()]
+    assert np.concatenate([packed.ids for packed in found]).tolist() == [token for ids in expected for token in ids]
+    assert all(tokenizer.decode(packed.ids.tolist()) == packed.text for packed in found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nemotron3_megatron.config.cluster import ClusterConfig
@@ -10,17 +12,19 @@ from nemotron3_megatron.launch.decide import LONGEST_WAIT_S, NO_PROGRESS, Ending
 from nemotron3_megatron.launch.outcome import Outcome
 from nemotron3_megatron.launch.segments import Segment
 
-CLUSTER = ClusterConfig(retries=2, retry_wait=Duration(60, "seconds"))
+CLUSTER = ClusterConfig(retries=2, retry_wait=Duration(60, "seconds"), restarts_in_job=0)
 CRASH = Outcome(1, "RuntimeError: broken", 3, "n1")
 
 
 def ending(outcome: Outcome, *, begin: int = 10, checkpoint: int = 10, step: int = 14) -> Ending:
-    return Ending(outcome, begin, checkpoint, step)
+    return Ending(outcome, begin, checkpoint, step, "7")
 
 
-def segment(outcome: Outcome | None, *, begin: int = 10, checkpoint: int = 10, step: int = 12) -> Segment:
+def segment(
+    outcome: Outcome | None, *, begin: int = 10, checkpoint: int = 10, step: int = 12, name: str = "1.0"
+) -> Segment:
     return Segment(
-        name="1.0",
+        name=name,
         nodes=1,
         begin_time=0,
         begin_checkpoint=begin,
@@ -81,13 +85,30 @@ def test_a_failure_after_new_checkpoints_counts_from_one() -> None:
 
 
 def test_retries_back_off_and_end() -> None:
-    patient = ClusterConfig(retries=9, retry_wait=Duration(60, "seconds"))
+    patient = replace(CLUSTER, retries=9)
     history = [segment(Outcome(1, f"E{'x' * number}"), step=number) for number in range(8)]
     waits = [decide(ending(CRASH), history[:n], patient, stop_wanted=False).wait_s for n in range(8)]
     assert waits == [60, 120, 240, 480, 960, LONGEST_WAIT_S, LONGEST_WAIT_S, LONGEST_WAIT_S]
     verdict = decide(ending(CRASH), history[:2], CLUSTER, stop_wanted=False)
     assert verdict.word == "failed"
     assert "3 failed segments in a row" in verdict.reason
+
+
+def test_a_failure_is_tried_again_in_the_same_job_so_many_times_in_a_row() -> None:
+    """Segments of other jobs do not count; who was told to leave has no time left here."""
+    near = replace(CLUSTER, retries=9, restarts_in_job=2)
+    here, other = segment(Outcome(1, "A: x"), name="7.0"), segment(Outcome(1, "B: x"), name="6.0")
+    again = segment(Outcome(1, "C: x"), name="7.0-1")
+
+    def line(*before: Segment, outcome: Outcome = CRASH, checkpoint: int = 10) -> str:
+        return str(decide(ending(outcome, checkpoint=checkpoint), before, near, stop_wanted=False))
+
+    assert line() == "here 60"
+    assert line(other, here) == "here 240"
+    assert line(other, here, again) == "again 480"
+    assert line(other, here, again, checkpoint=12) == "here 60", "there was progress"
+    assert line(outcome=Outcome(75)) == "again 60"
+    assert line(outcome=Outcome(75), checkpoint=12) == "again 0"
 
 
 def test_leaving_without_a_new_checkpoint_cannot_go_on_for_ever() -> None:

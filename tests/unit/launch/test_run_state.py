@@ -76,6 +76,17 @@ def test_the_next_script_is_for_the_stage_in_force(submission: Submission) -> No
         assert f"#SBATCH --nodes={nodes}\n" in (run_dir / "job.sbatch").read_text()
 
 
+def test_a_failure_behind_a_change_of_layout_is_no_matter_for_the_same_job(submission: Submission) -> None:
+    """Saved at the end of stage one, then broken: stage two needs other nodes."""
+    run_dir = submission.run_dir
+    segments.begin(run_dir, "7.0", nodes=2)
+    checkpoint(run_dir, 9)
+    assert next_segment(run_dir, "7.0", 1).here
+    segments.begin(run_dir, "8.0", nodes=2)
+    checkpoint(run_dir, 10)
+    assert not next_segment(run_dir, "8.0", 1).here
+
+
 def test_the_verdict_is_one_line_and_is_recorded(
     submission: Submission, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,10 +95,10 @@ def test_the_verdict_is_one_line_and_is_recorded(
     segments.begin(run_dir, "7.0", nodes=2)
     assert chain.launch_main(["next", str(run_dir), "code=1"]) == 0
     wait_s = round(submission.cluster.retry_wait.value)
-    assert capsys.readouterr().out == f"again {wait_s}\n"
+    assert capsys.readouterr().out == f"here {wait_s}\n"
     (only,) = segments.read_segments(run_dir)
     assert only.outcome == Outcome(1, "srun ended with 1; no rank left a record")
-    assert only.verdict.startswith("again: retry 1 of 3")
+    assert only.verdict.startswith("again: retry 1 of 3, in the same job, after: srun")
 
 
 def test_a_stop_means_the_jobs_of_then(tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_of_a_hang_the_rank_that_does_not_wait_is_the_cause() -> None:
     assert found.others == "ranks 0-1, 3: step 20, step: f (c10d.py:7); rank 2: step 20, step: f (reader.py:7)"
 
 
+def test_of_a_hang_the_rank_that_holds_pythons_lock_is_the_cause() -> None:
+    """Whoever waits in a collective has given it up; that it was late in answering says nothing."""
+    records = [replace(hang(rank, 20, waiting=rank == 3, place="x.py"), time_s=float(rank)) for rank in range(4)]
+    records[2] = replace(records[2], mute=True)
+    assert root_cause(records[0], records).rank == 2
+
+
 def test_of_a_hang_the_rank_behind_is_the_cause() -> None:
     records = [hang(0, 21, waiting=False, place="x.py"), hang(3, 20, waiting=True, place="y.py")]
     found = root_cause(records[0], records)
@@ -84,16 +91,28 @@ def test_json_round_trip() -> None:
 
 
 def test_starts_have_names_of_their_own() -> None:
-    first = {"SLURM_JOB_ID": "7", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
+    first = {"SLURM_JOB_ID": "7", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4"}
+    one_node = first | {"TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_WORLD_SIZE": "4"}
     names = [
-        attempt_name(first),
-        attempt_name(first | {"SLURM_RESTART_COUNT": "1"}),
-        attempt_name(first | {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "../a b"}),
-        attempt_name({}),
+        attempt_name(first, 5, 4),
+        attempt_name(first | {"SLURM_RESTART_COUNT": "1"}, 5, 4),
+        attempt_name(first | {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "../a b"}, 5, 4),
+        # The same command once more: another torchrun, the same port.
+        attempt_name(one_node, 5, 4),
+        attempt_name(one_node, 15, 14),
+        attempt_name({}, 5, 4),
+        attempt_name({}, 15, 4),
     ]
-    assert len(set(names)) == 4
+    assert len(set(names)) == 7
     assert all("/" not in name and " " not in name for name in names)
-    assert attempt_name(first) == attempt_name(first | {"RANK": "3", "LOCAL_RANK": "3"}), "the same on every rank"
+
+
+@pytest.mark.parametrize("local", ["4", "2"])
+def test_all_ranks_of_a_start_have_one_name_for_it(local: str) -> None:
+    """On two nodes torchrun's processes differ, so that its number is no part of the name."""
+    start = {"MASTER_PORT": "29500", "TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": local}
+    other_parent = 4 if local == "4" else 14
+    assert attempt_name(start | {"RANK": "0"}, 5, 4) == attempt_name(start | {"RANK": "3"}, 6, other_parent)
 
 
 @pytest.mark.parametrize(("ranks", "text"), [([3], "rank 3"), ([0, 1, 2, 7], "ranks 0-2, 7"), ([5, 4], "ranks 4-5")])

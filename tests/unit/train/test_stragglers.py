@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nemotron3_megatron.platform import select
+from nemotron3_megatron.train.callbacks.kernel_times import Kernels
 from nemotron3_megatron.train.callbacks.stragglers import RankTimes, percentiles, probe_seconds, slow_ranks, summary
 
 USUAL = RankTimes("node1", 1.0, 1.1, 0.002, 0.010)
@@ -32,6 +33,17 @@ def test_slow_ranks_worst_first() -> None:
     assert found == [
         "rank 3 on node2 starts its steps 0.498 s late",
         "rank 1 on node3 computes 2.1 times slower than the median rank",
+    ]
+
+
+def test_kernels_tell_slow_from_become_slow() -> None:
+    """A rank whose kernels nobody measures is not judged by them."""
+    usual = replace(USUAL, kernels=Kernels(busy=40.0, slower=1.1))
+    slow = replace(usual, kernels=Kernels(busy=100.0, slower=1.0))
+    slower = replace(usual, kernels=Kernels(busy=42.0, slower=1.8))
+    assert slow_ranks([usual, usual, slow, USUAL, slower], 1.5) == [
+        "rank 2 on node1 is busy with kernels 2.4 times as long as the median rank",
+        "rank 4 on node1 takes 1.8 times as long for its kernels as it once did",
     ]
 
 
