@@ -33,68 +33,32 @@ class Verb:
     """With ``--gpu``, in place of ``run``."""
 
 
+def _width() -> int | None:
+    return None if sys.stdout.isatty() else PIPE_WIDTH
+
+
 def _plan(overrides: list[str], as_json: bool) -> int:
-    from rich.console import Console
+    from nemotron3_megatron.plan.commands import plan_main
 
-    from nemotron3_megatron.config import compose, planned_world, resolve
-    from nemotron3_megatron.plan import report
-    from nemotron3_megatron.plan.memory_table import write_memory_chart
-
-    recipe, origins = compose(overrides)
-    run = resolve(recipe, planned_world(recipe), origins)
-    if as_json:
-        sys.stdout.write(report.as_json(run) + "\n")
-    else:
-        report.show(run, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
-    sys.stdout.flush()
-    sys.stderr.write(f"{report.write_map(run)}\n{write_memory_chart(run)}\n")
-    return 0
+    return plan_main(overrides, as_json, _width())
 
 
 def _search(overrides: list[str], as_json: bool) -> int:
-    from rich.console import Console
+    from nemotron3_megatron.plan.commands import search_main
 
-    from nemotron3_megatron.config import compose, planned_world
-    from nemotron3_megatron.plan import search_table
-    from nemotron3_megatron.plan.search import search
-
-    named = [f"world_size={text.removeprefix('gpus=')}" if text.startswith("gpus=") else text for text in overrides]
-    recipe, _ = compose(named)
-    found = search(recipe, planned_world(recipe))
-    if as_json:
-        sys.stdout.write(search_table.as_json(recipe, found) + "\n")
-    else:
-        search_table.show(recipe, found, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
-    return 0
+    return search_main(overrides, as_json, _width())
 
 
 def _simulate(overrides: list[str], ranks: str | None, as_json: bool) -> int:
-    from rich.console import Console
+    from nemotron3_megatron.plan.commands import simulate_main
 
-    from nemotron3_megatron.config import compose, planned_world, resolve
-    from nemotron3_megatron.plan import simulation_table
-    from nemotron3_megatron.plan.simulation import parse_ranks, sampled_ranks, simulate_ranks
-
-    recipe, origins = compose(overrides)
-    run = resolve(recipe, planned_world(recipe), origins)
-    chosen = sampled_ranks(run.layout) if ranks is None else parse_ranks(ranks, run.layout)
-    simulation = simulate_ranks(run, chosen)
-    if as_json:
-        sys.stdout.write(simulation_table.as_json(run, simulation) + "\n")
-    else:
-        simulation_table.show(run, simulation, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
-    return 0 if simulation.is_sound else 1
+    return simulate_main(overrides, ranks, as_json, _width())
 
 
 def _plan_page(overrides: list[str], file: str) -> None:
-    from pathlib import Path
+    from nemotron3_megatron.plan.commands import write_plan_page
 
-    from nemotron3_megatron.config import compose, planned_world, resolve
-    from nemotron3_megatron.plan.html import write_page
-
-    recipe, origins = compose(overrides)
-    write_page(Path(file), resolve(recipe, planned_world(recipe), origins))
-    sys.stderr.write(f"page: {file}\n")
+    write_plan_page(overrides, file)
 
 
 def _doctor(overrides: list[str], as_json: bool) -> int:
@@ -109,7 +73,7 @@ def _gpu_doctor(overrides: list[str], as_json: bool) -> int:
     from nemotron3_megatron.platform.checks.gpu_doctor import run_gpu_doctor
 
     _take_no_values(overrides)
-    status: int = run_gpu_doctor(as_json, None if sys.stdout.isatty() else PIPE_WIDTH)
+    status: int = run_gpu_doctor(as_json, _width())
     return status
 
 
@@ -197,6 +161,12 @@ def _export(overrides: list[str], _as_json: bool) -> int:
     return export_main(overrides)
 
 
+def _quantise(overrides: list[str], _as_json: bool) -> int:
+    from nemotron3_megatron.checkpoint.quantised.quantise import quantise_main
+
+    return quantise_main(overrides)
+
+
 def _import(overrides: list[str], _as_json: bool) -> int:
     from nemotron3_megatron.checkpoint.huggingface.command import import_main
 
@@ -267,6 +237,14 @@ VERBS = {
         "nemotron3 export checkpoint=DIR out=DIR [format=trained|quantised] [tokenizer=PATH|none] [shard_gb=4]\n"
         "format=quantised: codes and scales of the run's own precision plan, as its forward pass reads the weights.\n"
         "Needs memory for one file (shard_gb), whatever the model's size.",
+    ),
+    "quantise": Verb(
+        _quantise,
+        "quantise a trained model under the published settings (ModelOpt) and write it as a Hugging Face model",
+        "nemotron3 quantise checkpoint=DIR out=DIR [settings=nvfp4|fp8] [search=mse|max] [sequences=N] [seq_length=N]\n"
+        "                   [distil_steps=0] [distil_batch=16] [distil_lr=1e-5] [tokenizer=PATH|none] [shard_gb=4]\n"
+        "Calibrates on the data that the run would have gone on with; distil_steps: then trains the quantised model\n"
+        "towards the trained one. One process; what a run's own precision plan says: export format=quantised.",
     ),
     "import": Verb(
         _import,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ def key_values(words: Sequence[str], *, nearest: str = "", nearest_twice: str = 
     return values
 
 
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+
+
 def options_of(kind: Any, words: Sequence[str]) -> Any:
     """Read ``key=value`` words into the dataclass ``kind``; values are YAML.
 
@@ -43,7 +47,9 @@ def options_of(kind: Any, words: Sequence[str]) -> Any:
     values: dict[str, object] = {}
     for key, text in key_values(words).items():
         try:
-            values[key] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
+            # PyYAML takes 1e-5 for text: YAML 1.1 wants a point in it.
+            values[key] = float(text) if value == text and _EXPONENT.fullmatch(text) else value
         except yaml.YAMLError:
             why = "has a value that cannot be read"
             raise UserError(f"{key}={text}", where=COMMAND_LINE, why=why) from None

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron3_megatron.checkpoint.huggingface import import_model
 from nemotron3_megatron.checkpoint.huggingface.source import run_of
@@ -34,6 +36,18 @@ class Trained:
     """Optimizer steps of its training."""
     model: Nemotron3Model
     tokenizer: Tokenizer
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with its weights, in evaluation mode, and what its training was at."""
+
+    run: Run
+    state: dict[str, Any]
+    """As it was given to ``CheckpointStore.save``."""
+    model: Nemotron3Model
+    groups: ProcessGroupCollection
     device: torch.device
 
 
@@ -71,20 +85,33 @@ def trained(
 @contextmanager
 def _loaded(checkpoint: Path, tokenizer: str | None, spec: Spec | None) -> Iterator[Trained]:
     _require_directory(checkpoint)
+    tokens = _tokenizer(run_of(checkpoint), tokenizer)
+    with loaded(checkpoint, spec) as found:
+        yield Trained(found.run, int(found.state["step"]), found.model, tokens, found.device)
+
+
+@contextmanager
+def loaded(checkpoint: Path, spec: Spec | None = None) -> Iterator[Loaded]:
+    """A distributed checkpoint's model in one process, whose process group lives as long as the context.
+
+    Raises:
+        UserError: the checkpoint or its run is missing or does not fit.
+    """
+    _require_directory(checkpoint)
     run = on_one_rank(run_of(checkpoint))
     run = replace(run, model=replace(run.model, spec=spec or run.model.spec))
-    tokens = _tokenizer(run, tokenizer)
     platform = select("auto")
     platform.start(local_rank=0)
     # A store inside the process: nothing listens on a port, and torchrun's environment is not needed.
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group(platform.collective_backend, store=store, rank=0, world_size=1)
     try:
-        chunks = build_model(run, platform, start_groups(run, platform))
+        groups = start_groups(run, platform)
+        chunks = build_model(run, platform, groups)
         state = CheckpointStore(run.run_dir).load(checkpoint, chunks, None)
         (model,) = chunks
         model.eval()
-        yield Trained(run, int(state["step"]), model, tokens, platform.device)
+        yield Loaded(run, state, model, groups, platform.device)
     finally:
         stop_groups()
 

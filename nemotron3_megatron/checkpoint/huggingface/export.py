@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,10 @@ ExportFormat = Literal["trained", "quantised"]
 
 SHARD_BYTES = 4 * 10**9
 """Default size of a file, which is also what an export needs in memory."""
+
+Contents = Callable[[Path], tuple[Iterator[Item], dict[str, Any]]]
+"""Takes the directory that is being written, for further files; gives the tensors, and what ``config.json`` says about
+them in addition."""
 
 
 def export_model(
@@ -58,22 +62,46 @@ def export_model(
             express it, the tokenizer is not there, or ``out_dir`` cannot be written.
     """
     run = run_of(Path(checkpoint_dir))
+
+    def contents(directory: Path) -> tuple[Iterator[Item], dict[str, Any]]:
+        reader = CheckpointReader(Path(checkpoint_dir))
+        require_match(reader, run)
+        if number_format == "trained":
+            return (trained_item(reader, entry) for entry in entries(run.model)), {}
+        from nemotron3_megatron.checkpoint.quantised.export import quantised_items, write_description
+
+        items = quantised_items(reader, run)
+        return items, write_description(reader, run, directory)
+
+    return write_model(out_dir, run, contents, tokenizer=tokenizer, shard_bytes=shard_bytes)
+
+
+def write_model(
+    out_dir: str | Path, run: Run, contents: Contents, *, tokenizer: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Write a model in the published layout: what does not depend on its numbers is checked before they are made.
+
+    Args:
+        out_dir: new or empty; it appears when everything is written.
+        run: whose model it is.
+        contents: see :data:`Contents`.
+        tokenizer: as for :func:`export_model`.
+        shard_bytes: likewise.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        UserError: as for :func:`export_model`.
+    """
     named = tokenizer or run.data.tokenizer
     found = tokenizers.load(named, run.model.vocab_size)
     tokens = tokenizers.special_tokens(found, named)
     config = model_config(run.model, torch_dtype(run), tokens)
     with published(Path(out_dir)) as directory:
-        reader = CheckpointReader(Path(checkpoint_dir))
-        require_match(reader, run)
-        if number_format == "quantised":
-            from nemotron3_megatron.checkpoint.quantised.export import quantised_items, write_description
-
-            items = quantised_items(reader, run)
-            config |= write_description(reader, run, directory)
-        else:
-            items = (trained_item(reader, entry) for entry in entries(run.model))
+        items, more = contents(directory)
         write_shards(items, directory, shard_bytes)
-        _write_json(directory / "config.json", config)
+        _write_json(directory / "config.json", config | more)
         _write_json(directory / "generation_config.json", generation_config(tokens))
         if found is None:
             _log.warning("exported without a tokenizer, with the published ids of special tokens")

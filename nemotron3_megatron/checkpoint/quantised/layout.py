@@ -9,6 +9,10 @@ Names, types and shapes: NVIDIA Model-Optimizer (``torch/export/quant_utils.py``
                        input_scale () float32: the same of the linear's input
     MXFP8 of (N, K)    weight (N, K) float8_e4m3fn
                        weight_scale (N, K / 32) uint8: E8M0 exponents
+    FP8 of (N, K)      weight (N, K) float8_e4m3fn
+                       weight_scale () float32: amax / 448
+                       input_scale () float32: the same of the linear's input
+    FP8 cache          k_proj.k_scale, v_proj.v_scale () float32: the same of keys and values
 """
 
 from __future__ import annotations
@@ -24,10 +28,11 @@ from nemotron3_megatron.checkpoint.huggingface.mapping import Entry
 from nemotron3_megatron.checkpoint.huggingface.shards import Spec
 from nemotron3_megatron.precision.formats import mxfp8, nvfp4
 
-Algorithm = Literal["NVFP4", "W4A16_NVFP4", "MXFP8"]
+Algorithm = Literal["NVFP4", "W4A16_NVFP4", "MXFP8", "FP8"]
 """ModelOpt's names; W4A16: inputs stay as they are, so that no ``input_scale`` is needed."""
 
-GROUP = {"NVFP4": nvfp4.BLOCK, "W4A16_NVFP4": nvfp4.BLOCK, "MXFP8": mxfp8.BLOCK}
+GROUP: dict[Algorithm, int] = {"NVFP4": nvfp4.BLOCK, "W4A16_NVFP4": nvfp4.BLOCK, "MXFP8": mxfp8.BLOCK}
+"""Elements of a row that share a scale; FP8 has one scale for the tensor."""
 
 DESCRIPTION = "hf_quant_config.json"
 
@@ -35,6 +40,10 @@ DESCRIPTION = "hf_quant_config.json"
 def specs(entry: Entry, algorithm: Algorithm) -> tuple[Spec, ...]:
     """The tensors that take the place of a weight."""
     rows, columns = entry.shape
+    inputs = Spec(f"{linear(entry)}.input_scale", (), torch.float32)
+    if algorithm == "FP8":
+        weight = Spec(entry.name, entry.shape, torch.float8_e4m3fn)
+        return weight, Spec(f"{entry.name}_scale", (), torch.float32), inputs
     scales = (rows, columns // GROUP[algorithm])
     if algorithm == "MXFP8":
         weight = Spec(entry.name, entry.shape, torch.float8_e4m3fn)
@@ -44,7 +53,6 @@ def specs(entry: Entry, algorithm: Algorithm) -> tuple[Spec, ...]:
         Spec(f"{entry.name}_scale", scales, torch.float8_e4m3fn),
         Spec(f"{entry.name}_scale_2", (), torch.float32),
     )
-    inputs = Spec(f"{linear(entry)}.input_scale", (), torch.float32)
     return packed if algorithm == "W4A16_NVFP4" else (*packed, inputs)
 
 
@@ -63,21 +71,24 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2)
 
 
-def descriptions(algorithms: Mapping[str, Algorithm], exclude: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def descriptions(
+    algorithms: Mapping[str, Algorithm], exclude: list[str], cache: Literal["FP8"] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Contents of ``hf_quant_config.json``, and of ``quantization_config`` in ``config.json``.
 
     Args:
         algorithms: by published name, of every quantised linear.
         exclude: published names of the linears that are not.
+        cache: of keys and values; None: as they are.
     """
-    layers = {name: {"quant_algo": found, "group_size": GROUP[found]} for name, found in algorithms.items()}
+    layers = {name: {"quant_algo": found, **_group(found)} for name, found in algorithms.items()}
     producer = {"name": "nemotron3-megatron", "version": __version__}
-    one = len(set(algorithms.values())) == 1
-    algorithm = next(iter(algorithms.values())) if one else "MIXED_PRECISION"
-    common = {"quant_algo": algorithm} | ({"group_size": GROUP[algorithm]} if one else {"quantized_layers": layers})
+    common: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    if len(set(algorithms.values())) == 1:
+        common = next(iter(layers.values()))
     own_file = {
         "producer": producer,
-        "quantization": {**common, "kv_cache_quant_algo": None, "exclude_modules": exclude},
+        "quantization": {**common, "kv_cache_quant_algo": cache, "exclude_modules": exclude},
     }
     in_config = {
         **common,
@@ -86,14 +97,20 @@ def descriptions(algorithms: Mapping[str, Algorithm], exclude: list[str]) -> tup
         "ignore": exclude,
         "config_groups": _groups(algorithms),
     }
+    if cache is not None:
+        in_config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return own_file, in_config
+
+
+def _group(algorithm: Algorithm) -> dict[str, int]:
+    return {"group_size": GROUP[algorithm]} if algorithm in GROUP else {}
 
 
 def _groups(algorithms: Mapping[str, Algorithm]) -> dict[str, Any]:
     groups = {}
     for index, algorithm in enumerate(sorted(set(algorithms.values()))):
-        bits = 8 if algorithm == "MXFP8" else 4
-        numbers = {"dynamic": False, "num_bits": bits, "type": "float", "group_size": GROUP[algorithm]}
+        bits = 8 if algorithm in ("MXFP8", "FP8") else 4
+        numbers = {"dynamic": False, "num_bits": bits, "type": "float", **_group(algorithm)}
         both = (
             {"weights": numbers} if algorithm == "W4A16_NVFP4" else {"weights": numbers, "input_activations": numbers}
         )
