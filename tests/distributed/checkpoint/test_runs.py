@@ -56,8 +56,10 @@ def test_killed_rank_and_a_second_job(data: Path, tmp_path: Path, expected: list
     assert "step_00000002" in checkpoints(tmp_path)
 
     with Start(command) as first:
-        _when(lambda: (tmp_path / "run.lock").exists() and len(records(tmp_path)) >= 5)
+        # It stands still while the other starts, or it might be done by then.
+        first.signal_when(lambda: len(records(tmp_path)) >= 5, 0, signal.SIGSTOP, 400)
         second = ended(command)
+        first.signal_when(lambda: True, 0, signal.SIGCONT)
         outcome = first.wait(400)
     assert second.codes == (2, 2), second.output
     assert "is running in it, and two would overwrite each other" in second.output
