@@ -61,8 +61,8 @@ class Shape:
 
     @property
     def spec(self) -> Spec:
-        """The module spec that the run will use: on CPUs, and where the recipe says so, torch; else GPUs' default."""
-        return "torch" if self.on_cpu or self.model.spec == "torch" else "te"
+        """The module spec that the run will use."""
+        return planned_spec(self.run)
 
     @property
     def on_cpu(self) -> bool:
@@ -82,6 +82,11 @@ class Shape:
         """Whether selective recomputation leaves out what ``module`` saves."""
         parallel = self.run.parallel
         return parallel.recompute == "selective" and module in parallel.recompute_modules
+
+
+def planned_spec(run: Run) -> Spec:
+    """The module spec that a run will use: on CPUs, and where the recipe says so, torch; else GPUs' default."""
+    return "torch" if run.device == "cpu" or run.model.spec == "torch" else "te"
 
 
 def shape(run: Run, stage: Stage, imbalance: float = 1.0) -> Shape:

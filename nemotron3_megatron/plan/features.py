@@ -12,6 +12,7 @@ from rich.table import Table
 from nemotron3_megatron.config.experts import why_counts_on_cpu
 from nemotron3_megatron.config.graphs import why_no_graph
 from nemotron3_megatron.config.run import Run
+from nemotron3_megatron.plan.activation_shape import Spec, planned_spec
 from nemotron3_megatron.plan.quantised import is_native
 
 
@@ -26,7 +27,7 @@ class Feature:
 
 def features(run: Run) -> list[Feature]:
     """All decisions, as they are on the run's device; on GPUs where the recipe names none."""
-    spec: Literal["torch", "te"] = "torch" if run.device == "cpu" or run.model.spec == "torch" else "te"
+    spec = planned_spec(run)
     return [*_kernels(run, spec), *_experts(run, spec), *_replicas(run), *_passes(run, spec)]
 
 
@@ -40,7 +41,7 @@ def features_table(run: Run) -> Table:
     return table
 
 
-def _kernels(run: Run, spec: str) -> Iterator[Feature]:
+def _kernels(run: Run, spec: Spec) -> Iterator[Feature]:
     on_cpu = run.device == "cpu"
     chosen = "device=cpu" if on_cpu else f"model.spec={run.model.spec}"
     packages = "Transformer Engine, mamba-ssm, causal-conv1d" if spec == "te" else "torch"
@@ -51,7 +52,7 @@ def _kernels(run: Run, spec: str) -> Iterator[Feature]:
     yield Feature("weight gradients", added, "" if spec == "te" else "the torch spec's products cannot add")
 
 
-def _experts(run: Run, spec: str) -> Iterator[Feature]:
+def _experts(run: Run, spec: Spec) -> Iterator[Feature]:
     if "E" not in run.model.pattern + run.model.mtp_pattern:
         return
     layout, dispatcher = run.layout, run.parallel.moe_token_dispatcher_type
@@ -82,7 +83,7 @@ def _replicas(run: Run) -> Iterator[Feature]:
             yield Feature(name, beside if on else alone, f"parallel.{flag}={str(on).lower()}")
 
 
-def _passes(run: Run, spec: Literal["torch", "te"]) -> Iterator[Feature]:
+def _passes(run: Run, spec: Spec) -> Iterator[Feature]:
     quantised = any(row.format != "bf16" for row in run.precision_plan.rows)
     backend: Literal["none", "native", "emulated"] = "native" if is_native(run) else "emulated"
     obstacle = why_no_graph(run, spec=spec, backend=backend if quantised else "none")
