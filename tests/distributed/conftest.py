@@ -1,13 +1,10 @@
-"""Makes ``launch`` importable by name in every folder of distributed tests; corpora and a run that files share."""
+"""Corpora and a run that files share."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 import psutil
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORLD_SIZE = 2
@@ -103,7 +103,7 @@ class Start:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             self._processes = [self._popen([*launcher, "train.py", *arguments], {})]
             return
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         world |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         self._processes = [
             self._popen(["train.py", *arguments], world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -183,10 +183,3 @@ def checkpoints(run_dir: Path) -> list[str]:
     folder = run_dir / "checkpoints"
     names = os.listdir(folder) if folder.exists() else []
     return sorted(re.sub(r"\.[0-9a-f]{8}\.partial$", ".partial", name) for name in names)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -14,9 +14,7 @@ import importlib.util
 import inspect
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-PORTS_IN_A_ROW = 32
 
 
 class RanksFailed(AssertionError):
@@ -57,7 +56,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
         job.write_text(json.dumps({"file": source, "function": function.__name__, "arguments": kw}))
-        port = _free_port()
+        port = free_port()
         ranks = [_start(job, rank, nproc, port, env) for rank in range(nproc)]
         late = _wait(ranks, timeout_s)
         codes = [rank.process.returncode for rank in ranks]
@@ -118,27 +117,6 @@ def _report(ranks: list[_Rank], late: bool, timeout_s: float) -> str:
         ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         lines.append(f"--- rank {number}: {ending}\n{rank.log.read_text(errors='replace')[-4000:]}")
     return "\n".join(lines)
-
-
-def _free_port() -> int:
-    """The first of ``PORTS_IN_A_ROW`` free ports: a rank function may start several worlds, each on the next port.
-
-    They lie below the range from which the system picks ports of outgoing connections (32768 on Linux), so that none
-    is taken between this look and the ranks' own.
-    """
-    while True:
-        first = random.randrange(15_000, 32_000 - PORTS_IN_A_ROW)
-        if all(_is_free(first + i) for i in range(PORTS_IN_A_ROW)):
-            return first
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
 
 
 def _rank_main(job: Path, result: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from launch import RanksFailed, run_ranks
+from ports import free_port
 
 from nemotron3_megatron.checkpoint import manifest
 from nemotron3_megatron.checkpoint.store import CheckpointStore, load_state
@@ -114,9 +115,9 @@ def killed_at_every_touch(folder: str) -> list[list[Any]]:
     while not done and len(tries) < 60:
         newest = CheckpointStore(root).newest()
         step = 0 if newest is None else load_state(newest)["step"]
+        os.environ["MASTER_PORT"] = str(free_port())
         child = os.fork()
         if child == 0:
-            os.environ["MASTER_PORT"] = str(_free_port())
             with job(stack="M", mtp_depths=0) as trainer:
                 if step:
                     assert load_newest(trainer, root)["step"] == step
@@ -280,10 +281,3 @@ def _die_before_touch(count: int, root: Path, *, ending: str = "") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-
-
-def _free_port() -> int:
-    from launch import _free_port as free_port
-
-    port: int = free_port()
-    return port

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from nemotron3_megatron.launch import jit_cache
 from nemotron3_megatron.launch.exit_record import DIRECTORY
@@ -37,10 +38,8 @@ sys.exit(int(what))
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "rank.py").write_text(RANK)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"NEMOTRON3_SEGMENT": SEGMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SLURM_NNODES": "1"}
+    settings = {"NEMOTRON3_SEGMENT": SEGMENT, "MASTER_ADDR": "127.0.0.1", "SLURM_NNODES": "1"}
+    settings["MASTER_PORT"] = str(free_port())
     settings |= {"PYTHONPATH": str(Path(__file__).parents[3]), "SLURM_NODEID": "0", "SLURM_RESTART_COUNT": "0"}
     for name, value in (settings | {DIRECTORY: "", jit_cache.VARIABLE: "", "NEMOTRON3_JIT_CACHE": ""}).items():
         monkeypatch.setenv(name, value)
