@@ -3,8 +3,9 @@
 An all-to-all sends a token to each of its top-k experts, and sizes what it sends by counts that ranks have to exchange
 first. Among few ranks it is less to send each token once to every rank (ranks - 1 rows a token against
 top-k (ranks - 1) / ranks), and nothing has to be known before: tokens are under way while the router and the shared
-experts compute, forward and backward. Each rank sorts out the rows of its own experts and their outputs are summed on
-the way back. The CPU waits once a layer, for the number of its rows, with the shared experts already queued on the GPU.
+experts' first linear compute. Each rank sorts out the rows of its own experts and their outputs are summed on the way
+back, beside the shared experts' second linear; the gradients travel beside the same linears' backward passes. The CPU
+waits once a layer, for the number of its rows, with a shared linear already queued on the GPU.
 
 Shapes: T tokens of a rank, R ranks, E experts of a rank, H width of the rows that experts take.
 """
@@ -79,10 +80,11 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         )
         return summed
 
-    def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """(R * T, H) summed over ranks -> this rank's (T, H)."""
+    def send_back(self, summed: Tensor) -> Callable[[], Tensor]:
+        """Start summing (R * T, H) over ranks; the function returned gives this rank's (T, H)."""
         scattering = Exchange(_reduce_scatter, _gather, self.ep_group)
-        return scattering.finish(scattering.start(hidden_states))
+        started = scattering.start(summed)
+        return lambda: scattering.finish(started)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """(T, H) -> (S, B, H)."""
@@ -119,10 +121,20 @@ class GatheringExperts:
         latent = self.config.moe_latent_size is not None
         dispatcher.send(self.fc1_latent_proj(hidden_states)[0] if latent else hidden_states)
         dispatcher.send_routes(*self.route(hidden_states, padding_mask))
-        shared = self.shared_experts_compute(hidden_states)
+        shared = self.begin_shared(hidden_states)
         output, _ = self.routed_experts_compute(*dispatcher.receive())
-        combined: Tensor = self.postprocess(self.combine(output), shared)
+        received = dispatcher.send_back(output)
+        shared_output = shared()
+        combined: Tensor = self.postprocess(received(), shared_output)
         return combined
+
+    def begin_shared(self: Any, hidden_states: Tensor) -> Callable[[], Tensor | None]:
+        """The shared experts' first linear; the function returned does the rest (all, where they are recomputed)."""
+        if not self.use_shared_expert or self.shared_experts_recompute:
+            return lambda: self.shared_experts_compute(hidden_states)
+        shared = self.shared_experts
+        hidden, _ = shared.linear_fc1(hidden_states)
+        return lambda: shared.linear_fc2(shared.activation_func(hidden))[0]
 
 
 class GatheringMoELayer(GatheringExperts, MoELayer):  # type: ignore[misc]
