@@ -50,13 +50,7 @@ def mamba2_mix(
     """
     heads = A.shape[0]
     inner = heads * head_dim
-    group_width, rest = divmod(zxbcdt.shape[-1] - 2 * inner - heads, 2)
-    state, odd = divmod(group_width, num_groups)
-    if rest or odd or state < 1 or conv_weight.shape[0] != inner + 2 * group_width:
-        raise ValueError(
-            f"zxbcdt {tuple(zxbcdt.shape)} and conv_weight {tuple(conv_weight.shape)} do not fit "
-            f"{heads} heads of {head_dim} and {num_groups} groups"
-        )
+    group_width, state = _group_widths(zxbcdt, conv_weight, heads, head_dim, num_groups)
     runs = None if seq_idx is None else document_runs(seq_idx)
     z, xbc, dt = torch.split_with_sizes(zxbcdt, [inner, inner + 2 * group_width, heads], dim=-1)
     xbc = causal_conv1d(xbc, conv_weight, conv_bias, seq_idx=runs)
@@ -75,3 +69,16 @@ def mamba2_mix(
     if gate:
         y = y * F.silu(z.to(dtype))
     return y.to(zxbcdt.dtype)
+
+
+def _group_widths(zxbcdt: Tensor, conv_weight: Tensor, heads: int, head_dim: int, num_groups: int) -> tuple[int, int]:
+    """g * n and n."""
+    inner = heads * head_dim
+    group_width, rest = divmod(zxbcdt.shape[-1] - 2 * inner - heads, 2)
+    state, odd = divmod(group_width, num_groups)
+    if rest or odd or state < 1 or conv_weight.shape[0] != inner + 2 * group_width:
+        raise ValueError(
+            f"zxbcdt {tuple(zxbcdt.shape)} and conv_weight {tuple(conv_weight.shape)} do not fit "
+            f"{heads} heads of {head_dim} and {num_groups} groups"
+        )
+    return group_width, state

@@ -91,24 +91,19 @@ def ssd(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    result_type = x.dtype
     _check_shapes(x, dt, A, B, C, chunk_size)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    result_type, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     batch, seq, heads, head_dim = x.shape
-    split = (B.shape[2], heads // B.shape[2])  # g, r
-    q = min(chunk_size, seq)
-
+    split, q = (B.shape[2], heads // B.shape[2]), min(chunk_size, seq)  # (g, r), positions in a chunk
     x = x.to(dtype)
     xdt = torch.unflatten(_chunked(x * dt.to(dtype).unsqueeze(-1), q), 3, split).transpose(2, 3)  # (b, c, g, q, r, p)
     b_chunks = _chunked(B.to(dtype), q).transpose(2, 3)  # (b, c, g, q, n)
     c_chunks = _chunked(C.to(dtype), q).transpose(2, 3)
     cum = _chunked(dt.double() * A.double(), q).transpose(2, 3).cumsum(-1)  # (b, c, h, q)
     seen = _visibility(seq_idx if seq_idx is not None else A.new_zeros(1, seq), q)
-
     # Inside the chunk: y[i] = sum over j <= i of (C[i] . B[j]) * decay(j -> i) * dt[j] * x[j].
     weights = (c_chunks @ b_chunks.mT).unsqueeze(3) * torch.unflatten(_pair_decay(cum, seen.pair, dtype), 2, split)
     y = (weights @ xdt.transpose(3, 4)).transpose(3, 4)  # (b, c, g, q, r, p)
-
     # What each chunk leaves behind, what therefore enters each chunk, and what that adds to the chunk's outputs.
     total = cum[..., -1:]
     left = b_chunks.mT @ (xdt * _boundary_decay(total - cum, seen.from_end, dtype, split)).flatten(4)
@@ -117,13 +112,16 @@ def ssd(
     carried = torch.unflatten(c_chunks @ states[:, :-1], -1, (-1, head_dim))
     y = y + carried * _boundary_decay(cum, seen.from_start, dtype, split)
 
-    y = y.transpose(2, 3).reshape(batch, -1, heads, head_dim)[:, :seq]
-    if D is not None:
-        y = y + x * D.to(dtype).reshape(heads, -1)
+    y = _skipped(y.transpose(2, 3).reshape(batch, -1, heads, head_dim)[:, :seq], x, D)
     if not return_final_states:
         return y.to(result_type)
     last = torch.unflatten(states[:, -1], -1, (-1, head_dim)).permute(0, 1, 3, 4, 2)  # (b, g, r, p, n)
     return y.to(result_type), last.flatten(1, 2)
+
+
+def _skipped(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+    """y + D x, both (b, s, h, p)."""
+    return y if D is None else y + x * D.to(y.dtype).reshape(x.shape[2], -1)
 
 
 def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> None:

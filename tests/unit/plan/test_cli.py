@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -107,16 +106,14 @@ def test_user_errors_exit_2_with_a_message(arguments: list[str], capsys: pytest.
     assert not captured.out
 
 
-def test_plan_needs_no_torch_and_is_quick(tmp_path: Path) -> None:
+def test_plan_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from nemotron3_megatron.cli import main;"
         f"main(['plan', 'recipe=super_nvfp4', 'run_dir={tmp_path}']);"
         "sys.exit(3 if 'torch' in sys.modules else 0)"
     )
-    begun = time.monotonic()
     done = start("-c", code)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begun < 10  # 2.3 s alone, the map included; the machine may be busy
 
 
 def test_train_help_lists_groups_and_keys() -> None:
