@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -85,7 +84,7 @@ class Saver:
         """Get ready for :meth:`begin`: plan, start the worker, reserve its memory."""
         shards = self._shards(chunks, optimizer)
         self._worker = Worker()
-        self._worker.reserve(sum(v.numel() * v.element_size() + 64 for v in shards.data if isinstance(v, torch.Tensor)))
+        self._worker.expect(shards)
 
     def begin(
         self, step: int, chunks: list[MegatronModule], optimizer: MegatronOptimizer | None, state: dict[str, Any]

@@ -85,6 +85,11 @@ class Staging:
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())))
 
 
+def room(data: Sequence[torch.Tensor | io.BytesIO]) -> int:
+    """Bytes that the tensors of ``data`` need, one behind the other."""
+    return sum(value.numel() * value.element_size() + _ALIGNMENT for value in data if isinstance(value, torch.Tensor))
+
+
 def _mapped(descriptor: int, size: int) -> torch.Tensor:
     """uint8 tensor over all of the memory."""
     return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)

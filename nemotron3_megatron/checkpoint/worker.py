@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from nemotron3_megatron.checkpoint.manifest import Sample
 from nemotron3_megatron.checkpoint.planning import Shards
-from nemotron3_megatron.checkpoint.staging import Staged, Staging
+from nemotron3_megatron.checkpoint.staging import Staged, Staging, room
 from nemotron3_megatron.checkpoint.writing import Written, system_error, take_samples, write
 
 
@@ -68,9 +68,10 @@ class Worker:
         """Of the process."""
         return self._process.pid
 
-    def reserve(self, size: int) -> None:
-        """Allocate the memory of later saves, in bytes."""
-        self._staging.reserve(size)
+    def expect(self, shards: Shards) -> None:
+        """Get ready for saves like this one: memory, and the plan in the form in which it is sent."""
+        self._staging.reserve(room(shards.data))
+        self._sent(shards.plan)
 
     def submit(self, directory: Path, shards: Shards, seed: int) -> None:
         """Copy the live tensors and have them written; when this returns they may change.
@@ -81,9 +82,7 @@ class Worker:
         places = self._staging.put(shards.data)
         # Taken from the live tensors after the copy, so that a copy that came too late or too early is found.
         samples = take_samples(shards.plan, shards.data, seed)
-        if self._plan is None or self._plan[0] is not shards.plan:
-            self._plan = shards.plan, pickle.dumps(shards.plan)
-        job = pickle.dumps(_Job(directory, self._plan[1], places, samples))
+        job = pickle.dumps(_Job(directory, self._sent(shards.plan), places, samples))
         # Through memory: a pipe would make training wait for a process that is still starting.
         (letter,) = self._mail.put([torch.frombuffer(bytearray(job), dtype=torch.uint8)])
         try:
@@ -117,6 +116,12 @@ class Worker:
         self._process.wait()
         self._staging.close()
         self._mail.close()
+
+    def _sent(self, plan: SavePlan) -> bytes:
+        """Pickled once: that takes longer than all else that a save does to it."""
+        if self._plan is None or self._plan[0] is not plan:
+            self._plan = plan, pickle.dumps(plan)
+        return self._plan[1]
 
     def _ending(self) -> str:
         code = self._process.wait()
