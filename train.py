@@ -12,6 +12,7 @@ run_dir/<swept values>. The same command again resumes every run. Exit status: 0
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from nemotron3_megatron.config import Run
 
 USER_ERROR = 2
+INTERRUPTED = 128 + signal.SIGINT
+"""As a shell has it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,40 +45,39 @@ def main(argv: Sequence[str]) -> int:
             from nemotron3_megatron.config.sweep import run_sweep
 
             return run_sweep([text for text in arguments if text not in ("-m", "--multirun")], __file__)
+        os.umask(os.umask(0o077) | 0o027)  # others neither read nor write what a run leaves
         run = prepare(arguments)
     except UserError as error:
         return refuse(error, on_every_rank=True)
 
-    os.umask(os.umask(0o077) | 0o027)  # others neither read nor write what a run leaves
     start_logging(int(os.environ.get("RANK", "0")))
     use_kernel_cache()
-    from nemotron3_megatron.resilience.watch import watched
-    from nemotron3_megatron.train.run import train  # imports torch and Megatron-Core
-
     try:
+        from nemotron3_megatron.resilience.watch import watched
+        from nemotron3_megatron.train.run import train  # imports torch and Megatron-Core
+
         with watched(run) as watch:
             return train(run, watch)
     except UserError as error:
         return refuse(error, on_every_rank=False)
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends it once more
+        leave_record(INTERRUPTED, interrupt)
+        if os.environ["RANK"] == "0":
+            sys.stderr.write(f"interrupted; the same command continues from {run.run_dir}'s newest checkpoint\n")
+        return INTERRUPTED
 
 
 def prepare(overrides: Sequence[str]) -> Run:
-    """Compose the recipe and resolve it for the world that torchrun made and the stage in force at its checkpoint."""
+    """Compose the recipe and resolve it for the world that torchrun made and the stage in force; make its directory."""
     from nemotron3_megatron.checkpoint.resume import step_to_resume
-    from nemotron3_megatron.config import check_data, compose, resolve
+    from nemotron3_megatron.config import check_data, compose, make_run_dir, resolve
+    from nemotron3_megatron.launch.torchrun import world_made
 
     recipe, origins = compose(overrides)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    asked = next((origin for origin in origins if origin.key == "world_size"), None)
-    if asked and asked.place == "command line" and recipe.world_size != world_size:
-        raise UserError(
-            f"world_size={recipe.world_size}",
-            where=asked.place,
-            why=f"{world_size} processes were started, and training takes the world from them",
-            nearest=f"torchrun --nproc-per-node={recipe.world_size}",
-        )
-    run = resolve(recipe, world_size, origins, step_to_resume(recipe))
+    run = resolve(recipe, world_made(recipe, origins, overrides), origins, step_to_resume(recipe))
     check_data(run)
+    make_run_dir(run)
     return run
 
 

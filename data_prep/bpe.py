@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from datatrove.data import Document
 
-from data_prep.filters import filters
+from data_prep.filters import filter_state, filters
 from data_prep.inputs import FileRecord, InputFile
 from data_prep.readers import Keys
 from data_prep.recipe import PreparationRecipe
@@ -57,7 +57,7 @@ def train_bpe(
 
 def training_fingerprint(recipe: PreparationRecipe, files: Sequence[InputFile]) -> str:
     """Changes with everything that the trained tokenizer depends on."""
-    parts = [asdict(part) for part in (recipe.tokenizer, recipe.filters)]
+    parts = [asdict(recipe.tokenizer), filter_state(recipe.filters)]
     settings = [*parts, recipe.validation_fraction, recipe.validation_by, recipe.input.text_field, recipe.on_error]
     inputs = [(record.name, record.sha256) for record in map(FileRecord.of, files)]
     return hashlib.sha256(json.dumps([settings, inputs]).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -93,14 +94,23 @@ def _workers(count: int) -> Iterator[Executor]:
         return
     # spawn, not fork: the progress bar and the tokenizer have threads, which do not survive a fork
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=_one_thread) as processes:
+    with ProcessPoolExecutor(count, context, initializer=_start_worker) as processes:
         yield processes
 
 
-def _one_thread() -> None:
-    """Workers already share the cores among themselves."""
+def _start_worker() -> None:
+    """Workers share the cores among themselves, and end with the process that started them, however that ends."""
     os.environ.update(RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
     loguru.logger.disable("datatrove")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker left behind would wait for work for ever, or write into the shards of the next start."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers are started by another process"
+    parent.join()
+    os._exit(1)
 
 
 def run_stages(recipe: PreparationRecipe, stages: Sequence[Stage]) -> None:

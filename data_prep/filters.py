@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document
@@ -88,6 +92,18 @@ def load_hook(entry: str) -> Callable[[Document], bool | tuple[bool, str]]:
     if not callable(function):
         raise UserError(f"filters.hooks: {entry}", why=f"it is {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]
+
+
+def filter_state(config: FilterConfig) -> dict[str, Any]:
+    """Changes with everything that decides what is kept: for hooks, the files of their modules."""
+    state = asdict(config)
+    for entry in config.hooks:
+        load_hook(entry)
+    modules = sorted({entry.partition(":")[0] for entry in config.hooks})
+    paths = [getattr(sys.modules[module], "__file__", None) for module in modules]
+    if hashes := [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path]:
+        state["modules"] = hashes
+    return state
 
 
 def filters(config: FilterConfig) -> list[PipelineStep]:

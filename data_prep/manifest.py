@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data_prep.indexed import merge
 from data_prep.inputs import FileRecord, InputFile, unchanged
 from data_prep.recipe import PreparationRecipe
-from data_prep.shard import ShardTask, SplitCount, finished
+from data_prep.shard import ShardRecord, ShardTask, SplitCount, finished
 from data_prep.splits import SPLITS, Split
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.typed import typed
@@ -119,7 +119,7 @@ def finish(
     if len(records) < len(tasks):
         raise UserError("the input changed while it was read", nearest="run again; unchanged shards are kept")
     splits = {split: _total([record.splits[split] for record in records]) for split in SPLITS}
-    _check_splits(recipe, splits["train"].documents, splits["validation"].documents)
+    _check_splits(recipe, splits["train"].documents, splits["validation"].documents, records)
     present = [split for split in SPLITS if splits[split].documents]
     outputs = [name for split in SPLITS for name in _merge(directory, split, tasks)]
     counts = sum(np.load(task.path("counts.npy")) for task in tasks)
@@ -144,9 +144,17 @@ def finish(
     return manifest
 
 
-def _check_splits(recipe: PreparationRecipe, train: int, validation: int) -> None:
+def _check_splits(recipe: PreparationRecipe, train: int, validation: int, records: Sequence[ShardRecord]) -> None:
     if not train:
-        raise UserError("no document is left to train on", why="all input was empty, defective, dropped or held out")
+        lost = {
+            "empty": sum(record.empty_documents for record in records),
+            "defective": sum(record.defects for record in records),
+            "dropped": sum(sum(record.dropped.values()) for record in records),
+            "held out": validation,
+        }
+        counts = ", ".join(f"{count:,} {name}" for name, count in lost.items())
+        examples = [example for record in records for example in record.examples][:1]
+        raise UserError("no document is left to train on", why="; ".join([f"of all input were {counts}", *examples]))
     if recipe.validation_fraction and not validation:
         raise UserError(
             f"validation_fraction={recipe.validation_fraction} holds out none of {train} documents",

@@ -12,7 +12,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from data_prep.dedup import dedup
-from data_prep.filters import filters
+from data_prep.filters import filter_state, filters
 from data_prep.inputs import InputFile, group
 from data_prep.loaded import loaded
 from data_prep.long.step import LongDocuments
@@ -35,6 +35,7 @@ def fingerprint(recipe: PreparationRecipe, tokenizer: Tokenizer) -> str:
     settings = asdict(recipe)
     for key in ("name", "output", "num_workers", "keep_shards", "executor"):
         del settings[key]
+    settings["filters"] = filter_state(recipe.filters)
     return _digest(settings, tokenizer.fingerprint)
 
 
@@ -112,7 +113,7 @@ class WriteManifest(PipelineStep):  # type: ignore[misc]  # datatrove is not typ
 
 def _dedup_state(recipe: PreparationRecipe, files: Sequence[InputFile]) -> str:
     """Changes with everything that decides which documents are copies, and with their numbering."""
-    settings = [asdict(part) for part in (recipe.dedup, recipe.filters, recipe.input)]
+    settings = [asdict(recipe.dedup), filter_state(recipe.filters), asdict(recipe.input)]
     seen = [[file.name, file.size, file.path.stat().st_mtime_ns] for file in files]
     return _digest(settings, recipe.shard_bytes, recipe.on_error, seen)
 

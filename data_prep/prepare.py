@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +29,9 @@ from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+_LINE_SECONDS = 30.0
+"""Between two lines about progress in a log file."""
+
 
 def prepare(recipe: PreparationRecipe, console: Console) -> Manifest | None:
     """Make ``recipe.output``: ``train``, ``validation``, the tokenizer and ``manifest.json``.
@@ -37,13 +45,23 @@ def prepare(recipe: PreparationRecipe, console: Console) -> Manifest | None:
     directory = Path(recipe.output)
     files = discover(recipe.input)
     (directory / SHARDS).mkdir(parents=True, exist_ok=True)
+    with _alone_in(directory):
+        return _prepare(recipe, directory, files, console)
+
+
+def _prepare(
+    recipe: PreparationRecipe, directory: Path, files: Sequence[InputFile], console: Console
+) -> Manifest | None:
     manifest = _up_to_date(recipe, directory, files)
     if manifest is not None:
         console.print(f"{directory} is up to date.", soft_wrap=True)
         return manifest
+    before = _tokenizer_file(directory)
     (directory / MANIFEST).unlink(missing_ok=True)
-    with _progress(console) as progress:
+    with _progress(console) as progress, followed(_log_lines(progress, console)):
         tokenizer, tokenizer_file = _tokenizer(recipe, directory, files, progress)
+        if before not in (None, tokenizer_file):  # of another kind: the directory would have two
+            before.unlink(missing_ok=True)
         tasks = shard_tasks(recipe, directory, files, tokenizer)
         plan = stages(recipe, tasks, tokenizer_file)
         _mark(plan, tasks)
@@ -53,6 +71,28 @@ def prepare(recipe: PreparationRecipe, console: Console) -> Manifest | None:
         return None
     _tidy(recipe, directory, plan, tasks)
     return Manifest.load(directory)
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Keep other preparations out of a directory; they would write to the same files.
+
+    Raises:
+        UserError: there is one.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        why = "another preparation is writing there"
+        raise UserError(f"output={directory}", why=why, nearest="another output, or wait for its end") from error
+    except OSError:
+        logger.info("%s is on a file system without locks", directory)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _up_to_date(recipe: PreparationRecipe, directory: Path, files: Sequence[InputFile]) -> Manifest | None:
@@ -66,6 +106,14 @@ def _up_to_date(recipe: PreparationRecipe, directory: Path, files: Sequence[Inpu
         return None
     same = tokenizer.fingerprint == manifest.tokenizer.fingerprint
     return manifest if same and manifest.holds(directory, fingerprint(recipe, tokenizer), files) else None
+
+
+def _tokenizer_file(directory: Path) -> Path | None:
+    """The tokenizer that an earlier preparation left in a directory."""
+    try:
+        return directory / Manifest.load(directory).tokenizer.file
+    except UserError:
+        return None
 
 
 def _tokenizer(
@@ -118,6 +166,25 @@ def _follower(progress: Progress, plan: Sequence[Stage], tasks: Sequence[ShardTa
             progress.start_task(bar)
             amount = _megabytes(total) if stage.reads else f"{count}/{total} tasks"
             progress.update(bar, completed=min(count, total), amount=amount)
+
+    return look
+
+
+def _log_lines(progress: Progress, console: Console) -> Callable[[], None]:
+    """What writes a line now and then about the work at hand where bars are not shown, as in a log file."""
+    written = time.monotonic()
+
+    def look() -> None:
+        nonlocal written
+        if console.is_terminal or time.monotonic() - written < _LINE_SECONDS:
+            return
+        written = time.monotonic()
+        for task in progress.tasks:
+            if task.started and not task.finished:
+                left = "?" if task.time_remaining is None else timedelta(seconds=round(task.time_remaining))
+                elapsed = timedelta(seconds=round(task.elapsed or 0))
+                amount = f"{task.percentage:.0f}% of {task.fields['amount']}"
+                console.print(f"{task.description}: {amount}, {elapsed}, ETA {left}", highlight=False)
 
     return look
 

@@ -78,7 +78,7 @@ def _read_jsonl(file: InputFile, keys: Keys) -> Iterator[Document | Defect]:
 def _json_document(line: bytes, keys: Keys, where: str, position: int) -> Document | Defect:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Defect(where, f"not JSON: {brief(error)}", position)
     if not isinstance(record, dict):
         return Defect(where, f"no key {keys.text!r}: it is no object", position)
@@ -102,7 +102,15 @@ def _read_arrow(file: InputFile, keys: Keys) -> Iterator[Document | Defect]:
         if keys.text not in reader.schema.names:
             yield Defect(file.name, f"no column {keys.text!r}: it has {', '.join(reader.schema.names)}", 0)
             return
-        yield from _rows(file, keys, reader, lambda _: min(raw.tell(), file.size))
+        yield from _rows(file, keys, map(_whole, reader), lambda _: min(raw.tell(), file.size))
+        if raw.read(1):
+            yield Defect(file.name, "the file is damaged: its stream ends before the file does", file.size)
+
+
+def _whole(batch: Any) -> Any:
+    """A batch as it came from the disk, checked: what its offsets point to is read without a check afterwards."""
+    batch.validate(full=True)
+    return batch
 
 
 def _rows(file: InputFile, keys: Keys, batches: Any, position_of: Any) -> Iterator[Document | Defect]:

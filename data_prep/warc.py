@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
 from typing import IO, Any
 
 from data_prep.libraries import library
 from data_prep.readers import Defect, Document, brief, document
 
 _HTML = ("text/html", "application/xhtml+xml")
+_READ_BYTES = 1 << 16
 
 
 def read_warc(stream: IO[bytes], raw: IO[bytes], name: str) -> Iterator[Document | Defect]:
@@ -18,21 +21,40 @@ def read_warc(stream: IO[bytes], raw: IO[bytes], name: str) -> Iterator[Document
     document.
     """
     loading_failed = library("warcio.exceptions").ArchiveLoadFailed
-    # The stream is unpacked already: warcio ends a truncated gzip file without an error.
-    records = library("warcio.archiveiterator").ArchiveIterator(_Unpacked(stream))
-    number = 0
+    # The stream is unpacked already: warcio ends a truncated gzip file without an error. HTTP is parsed here: warcio
+    # takes a response without any for the end of the archive.
+    records = library("warcio.archiveiterator").ArchiveIterator(_Unpacked(stream), no_record_parse=True)
+    number = misplaced = 0
     try:
-        for record in records:
-            number += 1
-            where = f"{name}: record {number}"
-            if record.rec_type == "conversion":
-                data = record.content_stream().read()
-                yield _cut(record, where, raw.tell()) or document(data, where, raw.tell())
-            elif record.rec_type == "response" and _is_html(record):
-                data = record.content_stream().read()
-                yield _cut(record, where, raw.tell()) or _page(data, where, raw.tell())
+        for record in chain(records, (None,)):
+            if records.err_count > misplaced:
+                yield Defect(
+                    f"{name}: record {number}", "the file is damaged: the record's length is wrong", raw.tell()
+                )
+                misplaced = records.err_count
+            if record is not None:
+                number += 1
+                yield from _of_record(record, f"{name}: record {number}", raw)
     except loading_failed as error:
         yield Defect(f"{name}: record {number + 1}", f"the file is damaged: {brief(error)}", raw.tell())
+
+
+def _of_record(record: Any, where: str, raw: IO[bytes]) -> Iterator[Document | Defect]:
+    """What one record gives, if anything. All of it is read, to see whether the file ends inside."""
+    length = record.rec_headers.get_header("Content-Length")
+    if record.rec_type is None or length is None or not length.isdigit():
+        yield Defect(where, "the file is damaged: a header without type or length", raw.tell())
+        return
+    page = record.rec_type == "response" and _is_html(record)
+    data = record.content_stream().read() if page or record.rec_type == "conversion" else b""
+    while record.raw_stream.read(_READ_BYTES):
+        pass
+    if missing := record.raw_stream.limit:
+        yield Defect(where, f"the file is damaged: {missing} bytes of the record are missing", raw.tell())
+    elif page:
+        yield _page(data, where, raw.tell())
+    elif record.rec_type == "conversion":
+        yield document(data, where, raw.tell())
 
 
 class _Unpacked:
@@ -54,18 +76,15 @@ class _Unpacked:
 
 
 def _is_html(record: Any) -> bool:
+    """Whether a response is a page; parses its HTTP headers."""
+    if str(record.rec_headers.get_header("Content-Type")).startswith("application/http"):
+        parser = library("warcio.statusandheaders").StatusAndHeadersParser([], verify=False)
+        with suppress(EOFError):  # there is nothing behind the record's header
+            record.http_headers = parser.parse(record.raw_stream)
     kind = record.rec_headers.get_header("WARC-Identified-Payload-Type")
     if kind is None and record.http_headers is not None:
         kind = record.http_headers.get_header("Content-Type")
     return kind is not None and kind.split(";")[0].strip().lower() in _HTML
-
-
-def _cut(record: Any, where: str, position: int) -> Defect | None:
-    """A defect when the file ends inside the record."""
-    missing = record.raw_stream.limit
-    return (
-        Defect(where, f"the file is damaged: {missing} bytes of the record are missing", position) if missing else None
-    )
 
 
 def _page(data: bytes, where: str, position: int) -> Document:

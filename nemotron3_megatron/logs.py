@@ -5,8 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import suppress
 
 _NOISY = ("megatron", "torch", "transformer_engine", "wandb")
+
+
+def to_stderr(text: str) -> None:
+    """Write for a person, if there is one: what ends a process must not fail because stderr's reader has gone."""
+    with suppress(OSError, ValueError, AttributeError):  # broken, closed, never opened
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def start_logging(rank: int = 0) -> None:

@@ -14,7 +14,11 @@ from data_prep.long.pack import Packed, Packer, QuestionPacker, TextPacker
 from data_prep.long.repositories import repository_documents
 from data_prep.recipe import LongConfig, Policy
 from data_prep.splits import SPLITS, repository_of_file, split_of
+from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.data.tokenizer import Tokenizer
+
+_SAME_PATH = "its path occurs twice in the repository"
+_NO_NAMES = "its repository or path is no text"
 
 
 class LongDocuments(PipelineStep):  # type: ignore[misc]  # datatrove is not typed
@@ -37,7 +41,8 @@ class LongDocuments(PipelineStep):  # type: ignore[misc]  # datatrove is not typ
         """Long documents, those of a side in the order of what they are made of.
 
         Raises:
-            UserError: a length cannot hold its questions, or questions have another form, when the policy is ``stop``.
+            UserError: a length cannot hold its questions; when the policy is ``stop``: questions have another form, or
+                a repository or path is no text.
         """
         tokenizer = loaded(self.tokenizer)
         if self.config.kind == "repositories":
@@ -61,19 +66,30 @@ class LongDocuments(PipelineStep):  # type: ignore[misc]  # datatrove is not typ
         self.stat_update("dropped", f"dropped_{reason}")
 
     def _repositories(self, data: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Document]:
-        for name, files in groupby(data, self._repository):
+        for name, files in groupby(self._placed(data), lambda placed: placed[0]):
             split = split_of(name.encode(), self.validation_fraction)
-            texts = {self._path(document): document.text for document in files}
+            texts: dict[str, str] = {}
+            for _, path, text in files:
+                if path in texts:
+                    self._drop(_SAME_PATH)
+                texts.setdefault(path, text)
             for packed in repository_documents(texts, self.config.lengths[-1], tokenizer):
                 yield _document(packed, split, name)
 
-    def _repository(self, document: Document) -> str:
+    def _placed(self, data: Iterable[Document]) -> Iterator[tuple[str, str, str]]:
+        """Repository, path and text of each file."""
         key = self.config.repository_field
-        return repository_of_file(document.metadata["file"]) if key is None else str(document.metadata[key])
-
-    def _path(self, document: Document) -> str:
-        in_record = self.config.repository_field is not None
-        return str(document.metadata[self.config.path_field] if in_record else document.metadata["file"])
+        for document in data:
+            file = document.metadata["file"]
+            names = (repository_of_file(file), file)
+            if key is not None:
+                names = (document.metadata[key], document.metadata[self.config.path_field])
+            if all(isinstance(name, str) for name in names):
+                yield *names, document.text
+            elif self.on_error == "stop":
+                raise UserError(document.id, why=_NO_NAMES, nearest="repair it, or on_error=skip")
+            else:
+                self._drop(_NO_NAMES)
 
 
 def _document(packed: Packed, split: str, where: str) -> Document:

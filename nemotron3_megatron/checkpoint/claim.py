@@ -70,7 +70,7 @@ class Claim:
         path = Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         me = Owner(secrets.token_hex(8), socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()))
-        with _one_at_a_time(path.parent):
+        with one_at_a_time(path.parent):
             while not _create(path, me):
                 other = _read(path)
                 if other is not None and _lives(path, other, patience_s):
@@ -118,9 +118,10 @@ class Claim:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let takers on one machine take turns: of several that find the same dead owner, one must not set aside the file
-    that another has just made. Network file systems may have no such lock; there :meth:`Claim.require` finds out."""
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let processes on one machine take turns in ``folder``: of several that find the same dead owner, one must not set
+    aside the file that another has just made. Network file systems may have no such lock; there
+    :meth:`Claim.require` finds out."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

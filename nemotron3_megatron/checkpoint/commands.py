@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from nemotron3_megatron.checkpoint import manifest
 from nemotron3_megatron.checkpoint.claim import Claim
-from nemotron3_megatron.checkpoint.directory import CheckpointDirectory
+from nemotron3_megatron.checkpoint.directory import CheckpointDirectory, erase
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.typed import nearest_name
 
@@ -29,26 +28,29 @@ if TYPE_CHECKING:
 DAMAGED = 1
 """Exit status of ``verify`` when something is."""
 
+_INDEX = ".metadata"
+"""torch's name of the file that says where which tensor is."""
+
 
 def checkpoint_main(arguments: list[str], as_json: bool) -> int:
     """Run the command; returns the exit status.
 
     Args:
         arguments: the action, and a run directory or one checkpoint.
-        as_json: print one JSON object instead of a table (``ls`` and ``show``).
+        as_json: print one JSON object instead of lines or a table.
 
     Raises:
-        UserError: another action, nothing there, or a job is running in the directory (``rm``).
+        UserError: another action, nothing there, or it cannot be removed (``rm``): a job is running in the directory.
     """
     actions: dict[str, Callable[[Path, bool], int]] = {"ls": _ls, "show": _show, "verify": _verify, "rm": _rm}
     name = arguments[0] if arguments else ""
     if name not in actions or len(arguments) != 2:
-        close = nearest_name(name, actions) if name not in actions else None
+        close = name if name in actions else nearest_name(name, actions)
         raise UserError(
             " ".join(["checkpoint", *arguments]),
             where="command line",
             why="takes one of ls, show, verify, rm, and a run directory or a checkpoint",
-            nearest=f"nemotron3 checkpoint {close or name or 'ls'} RUN_DIR",
+            nearest=f"nemotron3 checkpoint {close or 'ls'} RUN_DIR",
         )
     return actions[name](Path(arguments[1]), as_json)
 
@@ -77,8 +79,7 @@ def _show(place: Path, as_json: bool) -> int:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     path = _checkpoints(place)[0]
-    found = _read(path)
-    index = _index(path)
+    found, index = _read(path)
     tensors: list[dict[str, Any]] = [
         {"key": key, "shape": list(entry.size), "dtype": str(entry.properties.dtype).removeprefix("torch.")}
         for key, entry in sorted(index.state_dict_metadata.items())
@@ -104,50 +105,62 @@ def _show(place: Path, as_json: bool) -> int:
     return 0
 
 
-def _verify(place: Path, _as_json: bool) -> int:
-    damaged = 0
+def _verify(place: Path, as_json: bool) -> int:
+    rows = []
     for path in _checkpoints(place):
-        try:
-            _verify_one(path)
-        except ValueError as damage:
-            damaged += 1
-            sys.stdout.write(f"{path}: damaged: {damage}\n")
-        else:
-            sys.stdout.write(f"{path}: intact\n")
-    return DAMAGED if damaged else 0
+        damage = _damage(path)
+        rows.append({"name": path.name, "damage": damage})
+        if not as_json:
+            sys.stdout.write(f"{path}: {'intact' if damage is None else f'damaged: {damage}'}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"checkpoints": rows}) + "\n")
+    return DAMAGED if any(row["damage"] for row in rows) else 0
 
 
-def _verify_one(path: Path) -> None:
-    """Read every byte, and compare tensors with what was noted of them while they were live."""
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything: every byte is read, and tensors are compared with what was noted of
+    them while they were live."""
     from nemotron3_megatron.checkpoint.writing import read_tensor, require_same
 
-    found = manifest.verify(path)
-    manifest.verify_contents(found, path)
-    places = {(key.fqn, tuple(key.offset or ())): place for key, place in _index(path).storage_data.items()}
-    for sample in found.samples:
-        require_same(sample, read_tensor(path, places[sample.key, sample.offset]))
+    try:
+        found = manifest.verify(path)
+        manifest.verify_contents(found, path)
+        places = {(key.fqn, tuple(key.offset or ())): place for key, place in _index(path).storage_data.items()}
+        for sample in found.samples:
+            require_same(sample, read_tensor(path, places[sample.key, sample.offset]))
+    except (ValueError, OSError) as damage:
+        return str(damage)
+    return None
 
 
-def _rm(place: Path, _as_json: bool) -> int:
+def _rm(place: Path, as_json: bool) -> int:
     """A checkpoint; or of a run directory what is damaged or left over."""
-    one = _is_checkpoint(place)
-    run_dir = place.resolve().parents[1] if one else place
+    one = _in_run(place)
+    run_dir = place if one is None else one.parents[1]
     directory = CheckpointDirectory(run_dir)
     if not directory.root.is_dir():
         raise _nothing(place)
-    with _claimed(run_dir):
-        if one:
-            doomed = [directory.root / place.resolve().name]
-        else:
-            intact = set(directory.complete())
-            doomed = [path for path in directory.present() if path not in intact]
-            for left in directory.leftovers():
-                shutil.rmtree(left)
-                sys.stdout.write(f"removed {left}\n")
-        for path in doomed:
-            directory.remove(path)
-            sys.stdout.write(f"removed {path}\n")
+    removed = []
+    try:
+        with _claimed(run_dir):
+            for path, remove in [(one, directory.remove)] if one is not None else _doomed(directory):
+                remove(path)
+                removed.append(str(path))
+                if not as_json:
+                    sys.stdout.write(f"removed {path}\n")
+    except OSError as error:
+        why = f"cannot be removed: {error.strerror or error}"
+        raise UserError(error.filename or str(place), where="command line", why=why) from error
+    if as_json:
+        sys.stdout.write(json.dumps({"removed": removed}) + "\n")
     return 0
+
+
+def _doomed(directory: CheckpointDirectory) -> list[tuple[Path, Callable[[Path], None]]]:
+    """What is damaged or left over, and what removes it."""
+    intact = set(directory.complete())
+    damaged = [*directory.damaged(), *(path for path in directory.present() if path not in intact)]
+    return [*((path, erase) for path in directory.leftovers()), *((path, directory.remove) for path in damaged)]
 
 
 @contextmanager
@@ -160,11 +173,21 @@ def _claimed(run_dir: Path) -> Iterator[None]:
 
 
 def _checkpoints(place: Path) -> list[Path]:
-    """The checkpoint at ``place``, or those of the run there, newest first."""
-    found = [place] if _is_checkpoint(place) else CheckpointDirectory(place).present()
+    """The checkpoint at ``place`` (of a run, imported or merged), or those of the run there, newest first."""
+    alone = _in_run(place) is not None or (place / manifest.FILE_NAME).is_file()
+    found = [place] if alone else CheckpointDirectory(place).present()
     if not found:
         raise _nothing(place)
     return found
+
+
+def _in_run(place: Path) -> Path | None:
+    """The checkpoint of a run that ``place`` names: a symbolic link is one itself, wherever it leads."""
+    named = place.parent.resolve() / place.name if place.name else place.resolve()
+    if len(named.parents) < 2:
+        return None
+    directory = CheckpointDirectory(named.parents[1])
+    return named if named in [*directory.present(), *directory.damaged(), *directory.abandoned()] else None
 
 
 def _nothing(place: Path) -> UserError:
@@ -176,18 +199,12 @@ def _nothing(place: Path) -> UserError:
     )
 
 
-def _is_checkpoint(place: Path) -> bool:
-    resolved = place.resolve()
-    return resolved in CheckpointDirectory(resolved.parents[1]).present() if len(resolved.parents) > 1 else False
-
-
 def _row(path: Path) -> dict[str, Any]:
     try:
         found = manifest.verify(path)
     except ValueError as damage:
-        size = sum(file.stat().st_size for file in path.iterdir())
         nothing = dict.fromkeys(("step", "tokens", "validation_loss", "layout"))
-        return {"name": path.name, "bytes": size, "damage": str(damage), **nothing}
+        return {"name": path.name, "bytes": _bytes_in(path), "damage": str(damage), **nothing}
     return {
         "name": path.name,
         "bytes": sum(file.bytes for file in found.files.values()),
@@ -199,10 +216,20 @@ def _row(path: Path) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> manifest.Manifest:
+def _bytes_in(path: Path) -> int:
+    """Of whatever is there."""
     try:
-        return manifest.verify(path)
-    except ValueError as damage:
+        return sum(file.lstat().st_size for file in path.iterdir())
+    except OSError:
+        return 0
+
+
+def _read(path: Path) -> tuple[manifest.Manifest, Metadata]:
+    try:
+        found = manifest.verify(path)
+        manifest.verify_file(found, path, _INDEX)
+        return found, _index(path)
+    except (ValueError, OSError) as damage:
         raise UserError(str(path), why=f"is damaged: {damage}", nearest=f"nemotron3 checkpoint ls {path}") from None
 
 
@@ -213,7 +240,7 @@ def _index(path: Path) -> Metadata:
 
 
 def _layout(sizes: dict[str, int] | None) -> str:
-    if sizes is None:
+    if not sizes:  # damaged, imported or merged
         return ""
     named = [f"{name.upper()}{size}" for name, size in sizes.items() if name != "world_size" and size > 1]
     return " ".join([f"{sizes.get('world_size', '?')} ranks", *named])

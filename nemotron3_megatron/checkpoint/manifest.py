@@ -1,7 +1,8 @@
 """The manifest: the last file written into a checkpoint, whose presence makes it complete.
 
-It holds what is not a tensor (step, training state, layout) and the size and checksum of every other file, so
-that damage is seen on any machine without Megatron: a truncated or missing file at once, changed bytes by reading.
+It holds what is not a tensor (step, training state, layout), the size and checksum of every other file, and a
+checksum of itself, so that damage is seen on any machine without Megatron: a truncated or missing file, or a changed
+manifest, at once; other changed bytes by reading.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 FILE_NAME = "manifest.json"
 FORMAT = 1
 
+_CHECKSUM = "crc32"
 _READ_BYTES = 16 * 2**20
 
 
@@ -67,8 +69,9 @@ def record(path: Path) -> FileRecord:
 
 def write(manifest: Manifest, directory: Path) -> None:
     """Write the manifest and force it, and the names in ``directory``, to disk."""
+    fields = json.loads(json.dumps(asdict(manifest)))  # as they will be read
     with open(directory / FILE_NAME, "w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, indent=1)
+        json.dump({**fields, _CHECKSUM: _checksum(fields)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync(directory)
@@ -84,11 +87,15 @@ def read(directory: Path) -> Manifest:
         fields = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
         if fields["format"] != FORMAT:
             raise ValueError(f"{FILE_NAME} has format {fields['format']}, this version reads format {FORMAT}")
+        # Manifests of earlier versions have none.
+        if fields.pop(_CHECKSUM, None) not in (None, _checksum(fields)):
+            raise ValueError(f"{FILE_NAME} is damaged (its checksum differs)")
         files = {name: FileRecord(**values) for name, values in fields.pop("files").items()}
         samples = tuple(Sample(s["key"], tuple(s["offset"]), s["crc32"]) for s in fields.pop("samples", ()))
         return Manifest(files=files, samples=samples, **fields)
     except FileNotFoundError:
-        raise ValueError(f"it has no {FILE_NAME}, so it was never completed") from None
+        missing = f"it has no {FILE_NAME}, so it was never completed" if directory.is_dir() else "it does not exist"
+        raise ValueError(missing) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{FILE_NAME} cannot be read ({error})") from None
 
@@ -116,8 +123,21 @@ def verify_contents(manifest: Manifest, directory: Path, *, share: int = 0, shar
         ValueError: bytes have changed since the file was written; the message names it.
     """
     for name in sorted(manifest.files)[share::shares]:
-        if record(directory / name) != manifest.files[name]:
-            raise ValueError(f"{name} is damaged (its checksum differs)")
+        verify_file(manifest, directory, name)
+
+
+def verify_file(manifest: Manifest, directory: Path, name: str) -> None:
+    """Read one file and compare with its checksum.
+
+    Raises:
+        ValueError: its bytes have changed since it was written.
+    """
+    if record(directory / name) != manifest.files.get(name):
+        raise ValueError(f"{name} is damaged (its checksum differs)")
+
+
+def _checksum(fields: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def sync(path: Path) -> None:

@@ -125,7 +125,7 @@ def _mean_rate(begin: float, end: float, decay: Decay) -> float:
 
 def _window(run_dir: Path, window_tokens: int | None) -> tuple[list[Path], list[int]]:
     """Checkpoints in the window and the tokens they have seen, oldest first."""
-    seen = {path: manifest.read(path).state.get("tokens") for path in CheckpointDirectory(run_dir).complete()}
+    seen = {path: _verified(path).state.get("tokens") for path in CheckpointDirectory(run_dir).present()}
     counted = sorted((tokens, path) for path, tokens in seen.items() if tokens is not None)
     newest = counted[-1][0] if counted else 0
     inside = [(t, path) for t, path in counted if window_tokens is None or t >= newest - window_tokens]
@@ -136,6 +136,15 @@ def _window(run_dir: Path, window_tokens: int | None) -> tuple[list[Path], list[
             nearest="a longer window=, or a run with checkpoint.keep_every='25B tokens'",
         )
     return [path for _, path in inside], [tokens for tokens, _ in inside]
+
+
+def _verified(path: Path) -> Manifest:
+    """A merge without a checkpoint that is damaged would be another one than was asked for."""
+    try:
+        return manifest.verify(path)
+    except ValueError as damage:
+        nearest = f"nemotron3 checkpoint rm {path.parents[1]}, which removes what is damaged"
+        raise UserError(f"checkpoint {path}", why=f"is damaged: {damage}", nearest=nearest) from None
 
 
 def _chunks(readers: Sequence[CheckpointReader], weights: Sequence[float]) -> Iterator[Chunk]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.run import Run
 
 
@@ -15,8 +17,8 @@ class Retention:
 
     keep_last: int | None = None
     """The newest so many; None: all."""
-    keep_every_tokens: int | None = None
-    """The first one at or after each multiple of so many tokens, for merging."""
+    keep_every: Duration | None = None
+    """The first one at or after each multiple of so many steps or tokens, for merging."""
     keep_best: int = 0
     """The so many with the lowest validation loss."""
 
@@ -35,12 +37,7 @@ class Saved:
 def retention_of(run: Run) -> Retention:
     """What the recipe's ``checkpoint`` asks for."""
     options = run.checkpoint
-    every = options.keep_every
-    return Retention(
-        keep_last=options.keep_last,
-        keep_every_tokens=None if every is None else every.in_tokens(run.stages[0].tokens_per_step),
-        keep_best=options.keep_best,
-    )
+    return Retention(options.keep_last, options.keep_every, options.keep_best)
 
 
 def kept(found: Sequence[Saved], rule: Retention) -> set[int]:
@@ -49,10 +46,18 @@ def kept(found: Sequence[Saved], rule: Retention) -> set[int]:
     if rule.keep_last is None:
         return {saved.step for saved in by_step}
     steps = {saved.step for saved in by_step[-max(rule.keep_last, 1) :]}
-    if rule.keep_every_tokens is not None:
-        interval = rule.keep_every_tokens
-        counted = [(saved.tokens // interval, saved.step) for saved in by_step if saved.tokens is not None]
-        steps |= {next(group)[1] for number, group in groupby(counted, key=lambda pair: pair[0]) if number > 0}
-    measured = [saved for saved in by_step if saved.validation_loss is not None]
+    if rule.keep_every is not None:
+        steps |= _firsts(by_step, rule.keep_every)
+    # NaN, the loss of a run that has diverged, is neither below nor above another: it would end the sorting.
+    measured = [
+        saved for saved in by_step if saved.validation_loss is not None and not math.isnan(saved.validation_loss)
+    ]
     best = sorted(measured, key=lambda saved: (saved.validation_loss, saved.step))[: rule.keep_best]
     return steps | {saved.step for saved in best}
+
+
+def _firsts(by_step: Sequence[Saved], every: Duration) -> set[int]:
+    """Steps of the first at or after each multiple of ``every``; one whose tokens are not known is at none."""
+    done = [(saved.step if every.unit == "steps" else saved.tokens, saved.step) for saved in by_step]
+    counted = [(amount // every.value, step) for amount, step in done if amount is not None]
+    return {next(group)[1] for number, group in groupby(counted, key=lambda pair: pair[0]) if number > 0}

@@ -170,7 +170,7 @@ class CheckpointStore:
             adam.set_step(optimizer, found.optimizer_step)
             if other_dtypes:
                 adam.weights_from_masters(optimizer)
-        if found.layout != layout:
+        if optimizer is not None and found.layout != layout:
             _log.info("resumed under another layout: %s -> %s", found.layout, layout)
         return found.state
 

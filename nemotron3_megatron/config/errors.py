@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+COMMAND_LINE = "command line"
+"""The place of what was written there."""
+
 
 class UserError(Exception):
     """The user's input is wrong; entry points print it on stderr and exit with status 2.

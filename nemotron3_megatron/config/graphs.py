@@ -29,7 +29,7 @@ def _obstacles(run: Run, spec: str, backend: str) -> dict[str, bool]:
     layout, parallel = run.layout, run.parallel
     layers = run.model.pattern + run.model.mtp_pattern
     shapes = {(part.seq_length, part.micro_batch_size) for stage in run.own_stages for part in stage.shapes}
-    observed = run.precision_every_steps is not None
+    observed = run.telemetry.precision_every is not None
     counted = why_counts_on_cpu(run, native=backend == "native")
     return {
         "the torch spec counts experts' tokens on the CPU": spec != "te",

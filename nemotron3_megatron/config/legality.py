@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
-from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.errors import COMMAND_LINE, UserError
 from nemotron3_megatron.config.parts import Part, is_uniform, parts
-from nemotron3_megatron.config.provenance import COMMAND_LINE, enclosing
+from nemotron3_megatron.config.provenance import enclosing
 from nemotron3_megatron.config.recipe import Recipe
 from nemotron3_megatron.config.rules import Rule
 from nemotron3_megatron.config.run import Origin

@@ -91,9 +91,10 @@ def world_of(recipe: Recipe, stage: str, world_size: int, force: str) -> int:
 
 
 def planned_world(recipe: Recipe) -> int:
-    """Ranks to plan for: those of the stage that ``stage`` names, else the recipe's, else one."""
-    stage = recipe.stages.get(recipe.stage or "")
-    return (stage.world_size if stage else None) or recipe.world_size or 1
+    """Ranks to plan for: those of the stage that ``stage`` names or the first one, else the recipe's, else one."""
+    stage = recipe.stages.get(recipe.stage or next(iter(recipe.stages), ""))
+    asked = (stage.world_size if stage else None, recipe.world_size)
+    return next((size for size in asked if size is not None), 1)
 
 
 _KEYS = ("parallel", "precision", "world_size")

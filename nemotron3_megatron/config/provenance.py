@@ -11,11 +11,9 @@ from typing import Any
 import yaml
 
 from nemotron3_megatron.config.duration import Duration
-from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.errors import COMMAND_LINE, UserError
 from nemotron3_megatron.config.run import Origin
 from nemotron3_megatron.config.typed import show
-
-COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True, slots=True)

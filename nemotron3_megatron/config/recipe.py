@@ -58,6 +58,8 @@ class ModelConfig:
     init_method_std: float = 0.02
     spec: Literal["auto", "torch", "te"] = "auto"
     """Module implementation: Transformer Engine + mamba-ssm, or pure torch; auto: what the platform has."""
+    moe_router_fusion: bool = False
+    """Choose experts by Transformer Engine's kernels (te only). Off by default: not timed yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,9 @@ def limits(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
         yield Violation(("resilience.rollback_checkpoints",), "must be at least 1")
     if options.straggler_factor <= 1:
         yield Violation(("resilience.straggler_factor",), "must be above 1", "resilience.straggler_factor=1.5")
+    if options.straggler == "nvrx" and options.straggler_every is None:
+        why = "has no effect with resilience.straggler_every=null"
+        yield Violation(("resilience.straggler",), why, "resilience.straggler_every='100 steps'")
     kept = recipe.checkpoint.keep_last
     for key, policy in {"non_finite": options.non_finite, "spike": options.spike}.items():
         if policy != "rollback":
@@ -39,9 +42,24 @@ def limits(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
             yield Violation(("resilience.rollback_checkpoints", "checkpoint.keep_last"), why)
 
 
+def keeping(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
+    """What is to be kept comes to be."""
+    checkpoint, data = recipe.checkpoint, recipe.data
+    if checkpoint.keep_best and recipe.telemetry.eval_every is None:
+        why = "the best have the lowest validation loss, which is never measured"
+        yield Violation(("checkpoint.keep_best", "telemetry.eval_every"), why, "telemetry.eval_every='100 steps'")
+    elif checkpoint.keep_best and data.sources and not data.validation:
+        why = "the best have the lowest validation loss, and data.validation is empty"
+        yield Violation(("checkpoint.keep_best",), why, "data.validation.NAME.path=PREFIX or checkpoint.keep_best=0")
+    if checkpoint.keep_every is not None and checkpoint.every is None:
+        why = "has no effect without regular checkpoints"
+        yield Violation(("checkpoint.keep_every", "checkpoint.every"), why, "checkpoint.every='100 steps'")
+
+
 def intervals(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
     """In steps or tokens, and positive."""
     every = {
+        "telemetry.precision_every": recipe.telemetry.precision_every,
         "telemetry.health_every": recipe.telemetry.health_every,
         "resilience.straggler_every": recipe.resilience.straggler_every,
     }
@@ -66,4 +84,4 @@ def faults(recipe: Recipe, world_size: int) -> Iterator[Violation]:
         yield Violation(("debug.fault", "debug.allow_faults"), why, "debug.allow_faults=true, or no debug.fault")
 
 
-RESILIENCE_RULES: tuple[Rule, ...] = (limits, intervals, faults)
+RESILIENCE_RULES: tuple[Rule, ...] = (limits, keeping, intervals, faults)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.legality import check
 from nemotron3_megatron.config.parts import is_uniform, part, stage_in_force, world_of
@@ -39,8 +39,6 @@ def derive(recipe: Recipe, world_size: int, origins: Sequence[Origin] = (), step
     own = part(recipe, force, world_size).recipe
     layout, stages = _layout(own, world_size), _stages(recipe, world_size, force)
     all_steps = stages[-1].end_step
-    per_step = stages[0].tokens_per_step
-    telemetry, checkpoint = recipe.telemetry, recipe.checkpoint
     return Run(
         name=recipe.name,
         run_dir=Path(recipe.run_dir or f"runs/{recipe.name}"),
@@ -55,15 +53,9 @@ def derive(recipe: Recipe, world_size: int, origins: Sequence[Origin] = (), step
         schedule=resolve_schedule(recipe, stages),
         stages=stages,
         data=recipe.data,
-        checkpoint=checkpoint,
-        checkpoint_every_steps=_interval(checkpoint.every, per_step),
-        telemetry=telemetry,
-        log_every_steps=telemetry.log_every.in_steps(per_step),
-        eval_every_steps=_interval(telemetry.eval_every, per_step),
-        precision_every_steps=_interval(telemetry.precision_every, per_step),
-        health_every_steps=_interval(telemetry.health_every, per_step),
+        checkpoint=recipe.checkpoint,
+        telemetry=recipe.telemetry,
         resilience=recipe.resilience,
-        straggler_every_steps=_interval(recipe.resilience.straggler_every, per_step),
         debug=recipe.debug,
         trainable=recipe.stages[force].trainable,
         gpu=recipe.gpu,
@@ -95,6 +87,25 @@ def check_data(run: Run) -> None:
                         why=f"{source.path}{suffix} does not exist",
                         nearest="make it with python -m data_prep (make quickstart does both)",
                     )
+
+
+def make_run_dir(run: Run) -> None:
+    """Make the run's directory; each rank does, for it may be the first to need it.
+
+    Raises:
+        UserError: it cannot be made, or not be written.
+    """
+    places = {origin.key: origin.place for origin in run.origins}
+    why = None
+    try:
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"cannot be made: {error.strerror}"
+    else:
+        if not os.access(run.run_dir, os.W_OK | os.X_OK):
+            why = "cannot be written by this user"
+    if why:
+        raise UserError(f"run_dir={run.run_dir}", where=places.get("run_dir"), why=why, nearest="a directory of yours")
 
 
 def _stages(recipe: Recipe, world_size: int, force: str) -> tuple[Stage, ...]:
@@ -131,7 +142,3 @@ def _layout(recipe: Recipe, world_size: int) -> Layout:
         sequence_parallel=sequence_parallel(recipe),
         hybrid_layer_pattern=hybrid_layer_pattern(recipe.model, parallel.pp * parallel.vpp, longest),
     )
-
-
-def _interval(every: Duration | None, tokens_per_step: int) -> int | None:
-    return None if every is None else every.in_steps(tokens_per_step)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.recipe import (
     CheckpointConfig,
     DataConfig,
@@ -84,14 +86,8 @@ class Run:
     stages: tuple[Stage, ...]
     data: DataConfig
     checkpoint: CheckpointConfig
-    checkpoint_every_steps: int | None
     telemetry: TelemetryConfig
-    log_every_steps: int
-    eval_every_steps: int | None
-    precision_every_steps: int | None
-    health_every_steps: int | None = None
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
-    straggler_every_steps: int | None = None
     debug: DebugConfig = field(default_factory=DebugConfig)
     trainable: tuple[str, ...] = ()
     """Of the stage in force."""
@@ -142,6 +138,17 @@ class Run:
     def tokens_at(self, step: int) -> int:
         """Tokens seen before optimizer step ``step`` (0-based)."""
         return self.stage_at(step).tokens_at(step)
+
+    def is_due(self, every: Duration | None, step: int) -> bool:
+        """Whether ``step`` steps or their tokens have just reached a multiple of ``every``; for None never.
+
+        A step of many tokens may reach several multiples, and is due once.
+        """
+        if every is None:
+            return False
+        if every.unit == "steps":
+            return step % math.ceil(every.value) == 0
+        return self.tokens_at(step) // every.value > self.tokens_at(step - 1) // every.value
 
 
 @lru_cache(maxsize=8)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from nemotron3_megatron.config.device_rules import device
 from nemotron3_megatron.config.duration import Duration
+from nemotron3_megatron.config.ranges import ranges, real_numbers
 from nemotron3_megatron.config.recipe import LengthConfig, Recipe, StageConfig
 from nemotron3_megatron.config.rules import (
     Rule,
@@ -16,8 +18,6 @@ from nemotron3_megatron.config.rules import (
     options,
     pattern,
     pipeline,
-    ranges,
-    real_numbers,
     sequence_parallel,
     tensor_parallel,
     world,
@@ -133,9 +133,17 @@ def batches(recipe: Recipe, world_size: int) -> Iterator[Violation]:
     """Sequence lengths and batches of each stage against the layout."""
     dp = data_parallel_size(recipe, world_size)
     for name, stage in recipe.stages.items():
-        for size in batch_sizes(stage):
+        *growing, full = batch_sizes(stage)
+        for size in (full, *growing):
             for other, length in lengths(stage, size).items():
-                yield from _batch(recipe, f"stages.{name}", other, length, dp)
+                for found in _batch(recipe, f"stages.{name}", other, length, dp):
+                    yield found if size == full else _while_growing(found, f"stages.{name}.batch_rampup", size)
+
+
+def _while_growing(found: Violation, key: str, size: int) -> Violation:
+    """Of a batch that is all right once it has grown."""
+    keys = (f"{key}.start_tokens", f"{key}.increment_tokens")
+    return Violation(keys, f"{found.why}, while the batch is of {size:,} tokens", f"{key}=null")
 
 
 def _batch(recipe: Recipe, key: str, other: str, length: LengthConfig, dp: int) -> Iterator[Violation]:
@@ -219,6 +227,9 @@ def schedule(recipe: Recipe, _world_size: int) -> Iterator[Violation]:
             f"warmup of {shape.warmup_tokens:,} and decay tail of {shape.wsd_decay_tokens:,} tokens do not fit"
             f" into the {shape.decay_end_tokens:,} tokens before the decay ends"
         )
+        if recipe.optimizer.lr_decay is not None:
+            keys = ("optimizer.lr_decay", "optimizer.lr_warmup", "optimizer.lr_wsd_decay")
+            yield Violation(keys, why, f"optimizer.lr_decay='{used} tokens'")
         tail, end = shape.wsd_decay_tokens, shape.decay_end_tokens
         if tail <= end:
             yield Violation(("optimizer.lr_warmup",), why, f"optimizer.lr_warmup='{end - tail} tokens'")
@@ -237,6 +248,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     world,
     pipeline,
     options,
+    device,
     batches,
 )
 """Those that hold or not for each layout of a recipe; they look at nothing that spans stages."""

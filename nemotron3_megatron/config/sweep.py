@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nemotron3_megatron.config.compose import RECIPES, compose
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.parts import planned_world
 from nemotron3_megatron.config.resolve import check_data, resolve
 
 
@@ -39,7 +40,7 @@ def sweep_jobs(overrides: Sequence[str], recipes: Path = RECIPES) -> tuple[Job, 
     jobs = []
     for combination in combinations:
         recipe, origins = compose(combination, recipes)
-        run = resolve(recipe, recipe.world_size or 1, origins)
+        run = resolve(recipe, planned_world(recipe), origins)
         check_data(run)
         label = re.sub(r"[^\w.=,+-]+", "_", ",".join(combination[index] for index in swept))
         others = [override for override in combination if not override.startswith("run_dir=")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,12 +20,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemotron3_megatron.config.defaults import check_defaults
-from nemotron3_megatron.config.errors import UserError
-from nemotron3_megatron.config.provenance import COMMAND_LINE, Write, file_writes
+from nemotron3_megatron.config.errors import COMMAND_LINE, UserError
+from nemotron3_megatron.config.provenance import Write, enclosing, file_writes
 from nemotron3_megatron.config.typed import nearest_name
 
 _ROOT = "config"
@@ -51,14 +52,16 @@ def load(overrides: Sequence[str], recipes: Path) -> Composed:
         loader = GlobalHydra.instance().config_loader()
         choices = _group_choices(parsed, loader, recipes)
         lines = [_override_line(override, is_choice=override.key_or_group in choices) for override in parsed]
+        writes: list[Write] = []
         try:
             used = loader.compute_defaults_list(_ROOT, lines, RunMode.RUN).defaults
             writes = [*_file_writes(used, recipes), *_command_line_writes(parsed, choices)]
             config = hydra_compose(_ROOT, lines)
             data = OmegaConf.to_container(config, resolve=True)
+            _check_effect(parsed, config)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
             _check_files(recipes, choices[_RECIPE])
-            raise _not_composed(error) from None
+            raise _not_composed(error, writes) from None
     assert isinstance(data, dict)
     return Composed(data, tuple(writes), choices[_RECIPE])
 
@@ -96,6 +99,9 @@ def _parse(overrides: Sequence[str], *, sweep: bool = False) -> list[Override]:
             key, _, value = text.partition("=")
             nearest = f"{key}='\"{value}\"'" if value else f"{text.strip('-') or 'key'}=value"
             raise UserError(text, where=COMMAND_LINE, why=why, nearest=nearest) from None
+        if override.key_or_group.split(".")[0].split("/")[0] in ("", "hydra"):
+            why = "sets nothing that a recipe has"
+            raise UserError(text, where=COMMAND_LINE, why=why, nearest="a key of python train.py --help")
         if override.is_sweep_override() and not sweep:
             raise UserError(
                 text,
@@ -105,6 +111,14 @@ def _parse(overrides: Sequence[str], *, sweep: bool = False) -> list[Override]:
             )
         parsed.append(override)
     return parsed
+
+
+def _check_effect(parsed: Sequence[Override], config: DictConfig) -> None:
+    """``key={}`` merges nothing into what the recipe has there."""
+    for override in parsed:
+        if override.value() == {} and OmegaConf.select(config, key := override.key_or_group):
+            why = "mappings are merged, so an empty one changes nothing"
+            raise UserError(f"{key}={{}}", where=COMMAND_LINE, why=why, nearest=f"~{key}")
 
 
 def _with_quoted_fault(text: str) -> str:
@@ -121,7 +135,7 @@ def _group_choices(parsed: Sequence[Override], loader: ConfigLoader, recipes: Pa
         options = loader.get_group_options(group, results_filter=ObjectType.CONFIG)
         if not options or override.is_delete():
             continue
-        choice = override.value()
+        choice = "null" if (chosen := override.value()) is None else chosen
         if group in choices:
             raise UserError(
                 group,
@@ -196,13 +210,22 @@ def _check_files(recipes: Path, recipe: str) -> None:
     check_defaults(recipes / _RECIPE / f"{recipe}.yaml", recipes)
 
 
-def _not_composed(error: Exception) -> UserError:
+def _not_composed(error: Exception, writes: Sequence[Write]) -> UserError:
     if isinstance(error, MissingConfigException):
         return _missing_file(error)
     _, found, override = str(error).splitlines()[0].partition("Error merging override ++")
     if found:
         why = f"does not fit what the recipe sets there: {_first_line(error.__cause__ or error)}"
         return UserError(override, where=COMMAND_LINE, why=why)
+    if missing := re.match(r"Could not delete from config\. '(.+)' does not exist", str(error)):
+        keys = {name for write in writes for name in enclosing(write.key)}
+        close = nearest_name(missing[1], keys)
+        return UserError(
+            f"~{missing[1]}",
+            where=COMMAND_LINE,
+            why="removes what the recipe does not have",
+            nearest=f"~{close}" if close else None,
+        )
     return UserError("the recipe does not compose", why=_first_line(error))
 
 

@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nemotron3_megatron.config.duration import Duration
-from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.errors import COMMAND_LINE, UserError
 
 Place = Callable[[str], str | None]
 """Where the value of a dotted key was written, such as ``recipes/recipe/tiny.yaml:12``."""
@@ -44,8 +44,9 @@ def typed(kind: Any, value: object, key: str, place: Place) -> Any:
     if origin is Literal:
         return _choice(get_args(kind), value, key, place)
     if origin is dict:
-        items = _mapping(value, key, place)
-        return {name: typed(get_args(kind)[1], item, _join(key, name), place) for name, item in items.items()}
+        items, inner = _mapping(value, key, place), get_args(kind)[1]
+        _check_complete(inner, items, key, place)
+        return {name: typed(inner, item, _join(key, name), place) for name, item in items.items()}
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise _wrong(key, value, "a list", place, nearest=f"{key}=[{value}]")
@@ -67,7 +68,8 @@ def describe(kind: Any) -> str:
         return "mapping"
     if origin is tuple:
         return f"list of {describe(get_args(kind)[0])}"
-    names: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true | false", Duration: "duration"}
+    names: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true | false"}
+    names |= {Duration: "duration", Path: "path"}
     return names.get(kind, "mapping")
 
 
@@ -113,6 +115,23 @@ def _record(kind: Any, value: object, key: str, place: Place) -> Any:
         if name not in items and is_required(item):
             raise _missing(_join(key, name), hints[name], place)
     return kind(**{name: typed(hints[name], item, _join(key, name), place) for name, item in items.items()})
+
+
+def _check_complete(kind: Any, items: Mapping[str, object], key: str, place: Place) -> None:
+    """Of records that the user names: one that lacks a required value, beside others, is likely a misspelt name."""
+    required = [item.name for item in fields(kind) if is_required(item)] if is_dataclass(kind) else []
+    for name, item in items.items():
+        lacking = [field for field in required if isinstance(item, Mapping) and field not in item]
+        others = [other for other in items if other != name]
+        if lacking and others:
+            full = _join(key, name)
+            new = f"{full}.{lacking[0]}=<{describe(get_type_hints(kind)[lacking[0]])}>"
+            raise UserError(
+                full,
+                where=place(full),
+                why=f"there is no such entry beside {', '.join(others)}, and a new one needs {', '.join(lacking)}",
+                nearest=f"{_join(key, nearest_name(name, others) or others[0])} or {new}",
+            )
 
 
 def _mapping(value: object, key: str, place: Place) -> Mapping[str, object]:
@@ -195,11 +214,12 @@ def _scalar(kind: Any, value: object, key: str, place: Place) -> object:
         nearest = f"{key}={round(value)}"
     elif kind in (int, float) and isinstance(value, str) and (number := _number(kind, value)) is not None:
         nearest = f"{key}={number} (without quotes)"
-    elif kind is str and value is not None:
-        nearest = f"{key}='{show(value)}' (quoted)"
+    elif kind in (str, Path) and value is not None:
+        quoted = f"'{show(value)}'" if place(key) != COMMAND_LINE else f"'\"{show(value)}\"'"  # a shell takes its own
+        nearest = f"{key}={quoted} (quoted)"
     elif kind is bool:
         nearest = f"{key}=true or {key}=false"
-    article = {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(kind, str(kind))
+    article = {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(kind, "a path")
     raise _wrong(key, value, article, place, nearest)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from nemotron3_megatron.config.errors import UserError
-from nemotron3_megatron.config.provenance import COMMAND_LINE
+from nemotron3_megatron.config.errors import COMMAND_LINE, UserError
 from nemotron3_megatron.config.typed import typed
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import DataConfig
 from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.data.blend import Blend
@@ -62,6 +64,32 @@ def planned_tokens(run: Run, blends: Mapping[str | None, Blend]) -> dict[str, Fr
     for reading in planned(run, blends):
         tokens[reading.source] = tokens.get(reading.source, Fraction(0)) + reading.tokens
     return tokens
+
+
+def check_amounts(run: Run, blends: Mapping[str | None, Blend], tokens: Mapping[str, int]) -> None:
+    """Refuse a run, before it starts, that one of its stages would end for want of text.
+
+    Args:
+        tokens: how many each source has.
+
+    Raises:
+        UserError: a source is shorter than a window, or would be read more often than it may be.
+    """
+    for reading in planned(run, blends):
+        if reading.tokens and tokens[reading.source] <= (length := reading.shape.seq_length):
+            raise UserError(
+                f"data.sources.{reading.source} has {tokens[reading.source]:,} tokens",
+                why=f"stage {reading.stage} reads windows of seq_length={length:,} and the next token",
+                nearest="more text, a blend without this source, or a smaller seq_length",
+            )
+    for name, read in planned_tokens(run, blends).items():
+        limit, epochs = run.data.sources[name].max_epochs, float(read / tokens[name])
+        if limit is not None and epochs > limit:
+            raise UserError(
+                f"data.sources.{name}.max_epochs={limit:g}",
+                why=f"the run would read the source's {tokens[name]:,} tokens {epochs:.3g} times",
+                nearest=f"a smaller weight, fewer tokens, or max_epochs={math.ceil(epochs)}",
+            )
 
 
 def tags_of(data: DataConfig) -> tuple[str, ...]:

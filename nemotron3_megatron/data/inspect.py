@@ -16,8 +16,9 @@ from rich.table import Table
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.data.composition import blend_of, blends_of, planned
+from nemotron3_megatron.data.composition import blends_of, check_amounts, planned
 from nemotron3_megatron.data.indexed import IndexedTokens
+from nemotron3_megatron.data.made import warn_of_tokenizers
 from nemotron3_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 _SHOWN_DOCUMENTS = 3
@@ -44,7 +45,7 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Of a source in the blend of a stage at one sequence length."""
+    """Of a source in a blend of a stage at one sequence length."""
 
     stage: str
     seq_length: int
@@ -57,7 +58,7 @@ def inspect_main(overrides: Sequence[str], as_json: bool) -> int:
     """Print tables and samples of text, or JSON; draw the histograms of document lengths into the run directory.
 
     Raises:
-        UserError: the recipe, a source or the tokenizer cannot be used.
+        UserError: the recipe, a source or the tokenizer cannot be used; when all is shown: what training would refuse.
     """
     from nemotron3_megatron.config import check_data, compose, planned_world, resolve
 
@@ -65,6 +66,7 @@ def inspect_main(overrides: Sequence[str], as_json: bool) -> int:
     run = resolve(recipe, planned_world(recipe), origins)
     check_data(run)
     corpora = {name: IndexedTokens(run.data.sources[name].path, vocab_size=run.model.vocab_size) for name in used(run)}
+    warn_of_tokenizers({name: run.data.sources[name] for name in corpora})
     facts = list(source_facts(run, corpora))
     if as_json:
         data = {"sources": [asdict(fact) for fact in facts], "stages": [asdict(share) for share in shares(run)]}
@@ -78,6 +80,7 @@ def inspect_main(overrides: Sequence[str], as_json: bool) -> int:
     except OSError as error:
         raise UserError(f"{path} cannot be written", why=error.strerror or str(error)) from error
     sys.stderr.write(f"document lengths: {path}\n")
+    check_amounts(run, blends_of(run), {name: corpus.num_tokens for name, corpus in corpora.items()})
     return 0
 
 
@@ -108,17 +111,13 @@ def source_facts(run: Run, corpora: dict[str, IndexedTokens]) -> Iterator[Source
 
 def shares(run: Run) -> Iterator[Share]:
     """Every source of every stage and length, in the order of training."""
-    sums: dict[tuple[str, int, str], float] = {}
-    for reading in planned(run, blends_of(run)):
-        key = (reading.stage, reading.shape.seq_length, reading.source)
+    blends = blends_of(run)
+    sums: dict[tuple[str, int, str | None, str], float] = {}
+    for reading in planned(run, blends):
+        key = (reading.stage, reading.shape.seq_length, reading.shape.blend, reading.source)
         sums[key] = sums.get(key, 0) + float(reading.tokens)
-    blends = {
-        (stage.name, shape.seq_length): blend_of(run.data, shape.blend)
-        for stage in run.stages
-        for shape in stage.shapes
-    }
-    for (stage, length, source), tokens in sums.items():
-        yield Share(stage, length, source, float(blends[stage, length].shares[source]), round(tokens))
+    for (stage, length, blend, source), tokens in sums.items():
+        yield Share(stage, length, source, float(blends[blend].shares[source]), round(tokens))
 
 
 def _show(

@@ -8,7 +8,6 @@ computed beforehand, so the saved position is that of the steps handed out.
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +24,9 @@ from nemotron3_megatron.config.recipe import SourceConfig
 from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.data.batch import MicroBatch, build_micro_batch
 from nemotron3_megatron.data.blend import Blend
-from nemotron3_megatron.data.composition import UNTAGGED, blends_of, planned_tokens, tags_of
+from nemotron3_megatron.data.composition import UNTAGGED, blends_of, check_amounts, tags_of
 from nemotron3_megatron.data.content import Content
+from nemotron3_megatron.data.made import warn_of_tokenizers
 from nemotron3_megatron.data.position import Position, Sample
 from nemotron3_megatron.data.source import Source, open_sources
 
@@ -120,13 +120,16 @@ class TrainingData:
         """Open all sources that the run's stages read.
 
         Raises:
-            UserError: a source cannot be read or would be read too often, or weights are unusable.
+            UserError: a source cannot be read, is too short or would be read too often, or weights are unusable.
         """
         self._blends = blends_of(run)
         used = {source for blend in self._blends.values() for source in blend.shares}
         configs = {name: config for name, config in run.data.sources.items() if name in used}
         self._reader = Reader.open(configs, run, dp_rank, dp_size, cp_rank, cp_size)
-        _check_epochs(run, self._blends, self._reader.sources)
+        check_amounts(run, self._blends, {name: source.num_tokens for name, source in self._reader.sources.items()})
+        if dp_rank == cp_rank == 0:
+            held_out = {f"{name} (validation)": config for name, config in run.data.validation.items()}
+            warn_of_tokenizers({**configs, **held_out})
         identities = {name: source.identity for name, source in self._reader.sources.items()}
         self._content = Content.of(run, self._blends, identities)
         self._num_prefetch = run.data.num_prefetch
@@ -209,17 +212,6 @@ class TrainingData:
             self._ahead.pop().batches.cancel()
 
 
-def _check_epochs(run: Run, blends: Mapping[str | None, Blend], sources: Mapping[str, Source]) -> None:
-    for name, tokens in planned_tokens(run, blends).items():
-        limit, epochs = run.data.sources[name].max_epochs, float(tokens / sources[name].num_tokens)
-        if limit is not None and epochs > limit:
-            raise UserError(
-                f"data.sources.{name}.max_epochs={limit:g}",
-                why=f"the run would read the source's {sources[name].num_tokens:,} tokens {epochs:.3g} times",
-                nearest=f"a smaller weight, fewer tokens, or max_epochs={math.ceil(epochs)}",
-            )
-
-
 class ValidationData:
     """The same held-out batches at every evaluation, whatever the layout."""
 
@@ -227,12 +219,17 @@ class ValidationData:
         """Open the blend ``run.data.validation``; without sources there are no batches.
 
         Raises:
-            UserError: a source cannot be read, or the weights are unusable.
+            UserError: a source cannot be read, or is shorter than a sequence of a stage that will be validated, or the
+                weights are unusable.
         """
         configs = run.data.validation
         self._reader = Reader.open(configs, run, dp_rank, dp_size, cp_rank, cp_size) if configs else None
         self._blend = Blend({name: config.weight for name, config in configs.items()}) if configs else None
         self._eval_batches = run.telemetry.eval_batches
+        if self._reader is not None and self._blend is not None and run.telemetry.eval_every is not None:
+            lengths = {stage.seq_length for stage in run.stages if stage.first_step < run.total_steps}
+            for name in self._blend.shares:
+                self._reader.sources[name].windows_per_epoch(max(lengths))
 
     def batches(self, shape: Shape) -> Iterator[MicroBatch]:
         """This rank's micro-batches of ``telemetry.eval_batches`` global batches of this shape.

@@ -21,6 +21,10 @@ from nemotron3_megatron.evaluate.text import TextStream
 from nemotron3_megatron.evaluate.thinking import ThinkingBudget
 from nemotron3_megatron.evaluate.trained import Trained, trained
 
+END_THINK = "</think>"
+MAX_SEED = 2**63 - 1
+"""Of torch's generators."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -41,8 +45,9 @@ class Options:
     """Tokens drafted by multi-token prediction in each pass of the model; 0: none."""
     think_budget: int | None = None
     """Generated tokens after which ``end_think`` is appended, if the model has not written it; None: no limit."""
-    end_think: str = "</think>"
-    """The token that ends the thought, by name or id. A text that is no token is appended as its tokens."""
+    end_think: str | None = None
+    """The token that ends the thought, by name or id; None: ``</think>``. A text that is no token is appended as its
+    tokens."""
     tokenizer: str | None = None
     """None: the one named in the run, or in the directory of a Hugging Face model."""
     recipe: str | None = None
@@ -51,6 +56,28 @@ class Options:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UserError(f"samples={self.samples}", why="nothing is to be generated", nearest="samples=1")
+        if not 0 <= self.seed <= MAX_SEED - self.samples + 1:
+            raise UserError(f"seed={self.seed}", why=f"seeds are 0 to {MAX_SEED:,}", nearest="seed=0")
+        if self.end_think is not None and self.think_budget is None:
+            raise UserError(f"end_think={self.end_think}", why="ends a thought with a budget", nearest="think_budget=N")
+        for name, text in (("prompt", self.prompt), ("end_think", self.end_think or "")):
+            if not _is_unicode(text):
+                raise UserError(name, where="command line", why="is not UTF-8")
+        _ = self.sampling  # its ranges, before a model is read
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for bytes of the command line that Python could not decode (PEP 383)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _TEXTS = ("checkpoint", "prompt", "tokenizer", "end_think", "recipe")
@@ -74,7 +101,7 @@ def generate_main(overrides: Sequence[str]) -> int:
         started = perf_counter()
         for each, pieces in continued(model, options.prompt, rules_of(options, model.tokenizer), seeds):
             if options.samples == 1:
-                console.print(Text("" if rounds else options.prompt, "dim").append(Text(pieces[0])), end="")
+                _show(console, "" if rounds else options.prompt, pieces[0])
             rounds.append(each)
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         seconds = perf_counter() - started
@@ -83,9 +110,18 @@ def generate_main(overrides: Sequence[str]) -> int:
     else:
         for seed, text in zip(seeds, texts, strict=True):
             console.print(Text(f"seed {seed}", "bold"))
-            console.print(Text(options.prompt, "dim").append(Text(text)))
+            _show(console, options.prompt, f"{text}\n")
     sys.stderr.write(summary(rounds, seconds) + "\n")
     return 0
+
+
+def _show(console: Console, prompt: str, text: str) -> None:
+    """The prompt dim on a terminal; into a file every character as it is (rich replaces tabs and drops others)."""
+    if console.is_terminal:
+        console.print(Text(prompt, "dim").append(Text(text)), end="")
+    else:
+        console.file.write(prompt + text)
+        console.file.flush()
 
 
 def complete(model: Trained, prompt: str, sampling: Sampling, *, max_new_tokens: int, seed: int) -> str:
@@ -122,11 +158,11 @@ def rules_of(options: Options, tokenizer: Tokenizer) -> Rules:
     """
     thinking = None
     if options.think_budget is not None:
-        thinking = ThinkingBudget(options.think_budget, token_ids(options.end_think, tokenizer))
+        thinking = ThinkingBudget(
+            options.think_budget, token_ids(END_THINK if options.end_think is None else options.end_think, tokenizer)
+        )
     return Rules(
-        sampling=Sampling(
-            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p
-        ),
+        sampling=options.sampling,
         vocabulary=tokenizer.vocab_size,
         eod=tokenizer.eod if options.stop_at_eod else None,
         max_new_tokens=options.max_new_tokens,

@@ -48,10 +48,16 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
     Returns:
         (V,) float64 on the same device, sums to 1; one-hot when greedy, at the lowest of equally likely tokens.
+
+    Raises:
+        UserError: logits are not finite: the model has diverged.
     """
+    if not bool(logits.isfinite().all()):
+        raise UserError("checkpoint", why="its model computes logits that are not finite", nearest="an earlier one")
     if sampling.temperature == 0:
         return one_hot(int(logits.argmax()), logits)
-    return truncated(torch.softmax(logits.double() / sampling.temperature, dim=-1), sampling)
+    below = logits.double() - logits.double().max()  # at most 0: no temperature is too small to divide by
+    return truncated(torch.softmax(below / sampling.temperature, dim=-1), sampling)
 
 
 def one_hot(token: int, like: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ _log = logging.getLogger(__name__)
 def launch_main(arguments: list[str]) -> int:
     """Record the segment's end, make the next segment's script, and print the verdict as one line."""
     if len(arguments) != 3 or arguments[0] != "next" or not arguments[2].removeprefix("code=").isdigit():
-        raise UserError(" ".join(arguments), where="command line", why="", nearest="launch next RUN code=NUMBER")
+        given, why = " ".join(["launch", *arguments]), "asks for no run and status"
+        raise UserError(given, where="command line", why=why, nearest="launch next RUN code=NUMBER")
     segment = os.environ.get("NEMOTRON3_SEGMENT", "")
     if not segment:
         raise UserError("launch next", why="is the batch script's, inside a job", nearest="sbatch RUN/job.sbatch")

@@ -113,7 +113,8 @@ def stop_main(arguments: list[str]) -> int:
 
 def _directory(arguments: Sequence[str], verb: str) -> Path:
     if len(arguments) != 1:
-        raise UserError(f"{verb} {' '.join(arguments)}", where="command line", nearest=f"nemotron3 {verb} RUN")
+        given = " ".join([verb, *arguments])
+        raise UserError(given, where="command line", why="takes one run directory", nearest=f"nemotron3 {verb} RUN")
     return Path(arguments[0].removeprefix("run_dir=")).absolute()
 
 

@@ -96,6 +96,12 @@ def check_supported(run: Run, platform: Platform, implementation: Spec) -> None:
             why="Transformer Engine splits attention over ranks in BF16 only",
             nearest="precision.dtype=bf16 or model.spec=torch",
         )
+    if implementation == "torch" and run.model.moe_router_fusion:
+        raise UserError(
+            "model.moe_router_fusion=true",
+            why="the kernels are Transformer Engine's, which the torch spec does without",
+            nearest="model.moe_router_fusion=false",
+        )
     wanted = [module for module in run.parallel.recompute_modules if module in ("moe_act", "layernorm")]
     if implementation == "torch" and wanted:
         raise UserError(

@@ -69,6 +69,7 @@ def _moe(run: Run) -> dict[str, Any]:
         "moe_router_load_balancing_type": "seq_aux_loss",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_router_dtype": "fp32",
+        "moe_router_fusion": model.moe_router_fusion,
         "moe_token_dispatcher_type": run.parallel.moe_token_dispatcher_type,
     }
 

@@ -62,6 +62,9 @@ def _experts(run: Run, spec: Spec) -> Iterator[Feature]:
         yield Feature("experts", "Transformer Engine's grouped linear, token counts on the CPU", counted)
     else:
         yield Feature("experts", "one grouped product, token counts stay on the GPU")
+    fused = run.model.moe_router_fusion
+    chooses = "Transformer Engine's kernels" if fused else "torch's operations"
+    yield Feature("choice of experts", chooses, f"model.moe_router_fusion={str(fused).lower()}")
     if layout.ep * layout.etp > 1:
         yield Feature("tokens to experts", dispatcher, f"parallel.moe_token_dispatcher_type={dispatcher}")
     else:

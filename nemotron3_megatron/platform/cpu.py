@@ -92,7 +92,6 @@ def unfused_flags() -> dict[str, object]:
         "use_fused_weighted_squared_relu": False,
         "cross_entropy_loss_fusion": False,
         "moe_permute_fusion": False,
-        "moe_router_fusion": False,
         "moe_grouped_gemm": False,
         "cuda_graph_impl": "none",
     }

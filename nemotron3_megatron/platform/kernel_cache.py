@@ -6,10 +6,12 @@ which of its tuned variants won is kept only when asked for before the kernels' 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 _log = logging.getLogger(__name__)
@@ -24,10 +26,20 @@ def use_kernel_cache() -> Path:
     Their own variables, where set, win.
 
     Returns:
-        The directory: ``$NEMOTRON3_KERNEL_CACHE``, else ``nemotron3_megatron`` in the user's cache directory.
+        The directory: ``$NEMOTRON3_KERNEL_CACHE``, else ``nemotron3_megatron`` in the user's cache directory; where
+        that cannot be written (a read-only home, none at all), one of this process.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get(CACHE_VARIABLE) or base / "nemotron3_megatron")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    wanted = Path(os.environ.get(CACHE_VARIABLE) or base / "nemotron3_megatron")
+    try:
+        folder = wanted.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
+        folder = Path(mkdtemp(prefix="nemotron3_megatron_"))
+        why = error.strerror if isinstance(error, OSError) else error
+        _log.warning("%s: %s; compiled kernels go to %s, %s names another place", wanted, why, folder, CACHE_VARIABLE)
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))

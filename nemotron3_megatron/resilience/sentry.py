@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemotron3_megatron.logs import to_stderr
 from nemotron3_megatron.resilience.board import Board
 from nemotron3_megatron.resilience.failure import WAITING, Failure
 from nemotron3_megatron.resilience.place import Seen, SharedPlace
@@ -135,7 +136,7 @@ class _Guard:
             world_size=self._board.world_size,
         )
         if (cause := self._board.report(failure)) is not None:
-            sys.stderr.write(self._board.words(cause))
+            to_stderr(self._board.words(cause))
 
     def _python_stacks(self, thread: int) -> str:
         """Of all threads. The signal goes to the watch thread, which can take it while the main thread cannot."""
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str]) -> None:
         while guard.look():
             time.sleep(poll_s)
     except OSError as error:  # the run directory; the rank itself may still come through
-        sys.stderr.write(f"nobody looks after rank {rank} any more: {error}\n")
+        to_stderr(f"nobody looks after rank {rank} any more: {error}\n")
 
 
 if __name__ == "__main__":

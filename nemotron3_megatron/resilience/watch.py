@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from tempfile import TemporaryFile
 from typing import NoReturn
@@ -20,6 +20,7 @@ from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import ResilienceConfig
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.launch.exit_record import leave_record, without_secrets
+from nemotron3_megatron.logs import to_stderr
 from nemotron3_megatron.resilience.board import Board
 from nemotron3_megatron.resilience.failure import Failure, Kind, attempt_name, is_waiting, kind_of
 from nemotron3_megatron.resilience.place import Place
@@ -158,7 +159,7 @@ class Watch:
             _log.error("the failure could not be recorded: %s", problem)
             cause = failure
         if cause is not None:
-            sys.stderr.write(self._board.words(cause))
+            to_stderr(self._board.words(cause))
         if kind == "hang" and self._sentry is not None and self._board.called() == "hang":
             self._sentry.take_stacks()
         self._quit()
@@ -166,7 +167,8 @@ class Watch:
     def _quit(self) -> NoReturn:
         """At once: an ordinary exit would wait for collectives that never end."""
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with suppress(OSError, ValueError, AttributeError):  # as in to_stderr
+                stream.flush()
         os._exit(EXIT_FAILURE)
 
 

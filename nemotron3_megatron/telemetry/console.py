@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 
 from rich.console import Console as Terminal
 from rich.text import Text
@@ -18,13 +20,23 @@ from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
 from nemotron3_megatron.telemetry.scalars import most_flushed
 from nemotron3_megatron.telemetry.throughput import Pace, format_count, format_duration
 
+log = logging.getLogger(__name__)
+
+
+class _Stdout(Terminal):
+    """rich's console, but for its answer to a reader that has gone: to end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled."""
+        raise
+
 
 class Console:
-    """Shows every ``run.log_every_steps``-th step, the first and last ones, and every refused update."""
+    """Shows a step every ``telemetry.log_every``, the first and last ones, and every refused update."""
 
     def __init__(self, run: Run, terminal: Terminal | None = None) -> None:
         self._run = run
-        self._terminal = terminal or Terminal(soft_wrap=True)
+        self._terminal = terminal or _Stdout(soft_wrap=True)
         self._total_tokens = run.tokens_at(run.total_steps)
         self._seconds_per_token = Pace()
         self._first = True
@@ -39,7 +51,7 @@ class Console:
         if record.tokens_per_s > 0:
             self._seconds_per_token.add(1 / record.tokens_per_s)
         last = record.step == self._run.total_steps
-        due = record.step % self._run.log_every_steps == 0 or self._first or last or record.skipped
+        due = self._run.is_due(self._run.telemetry.log_every, record.step) or self._first or last or record.skipped
         self._first = False
         if due:
             eta = self._seconds_per_token.remaining(self._total_tokens - record.tokens)
@@ -58,7 +70,12 @@ class Console:
         """Nothing is held open."""
 
     def _show(self, line: Text) -> None:
-        self._terminal.print(line, highlight=False, no_wrap=True, overflow="ignore", crop=False)
+        try:
+            self._terminal.print(line, highlight=False, no_wrap=True, overflow="ignore", crop=False)
+        except OSError as error:  # its reader has gone, its disk is full: no reason to end a run
+            log.warning("stdout failed (%s); the run goes on without it, metrics.jsonl has everything", error.strerror)
+            with open(os.devnull, "w") as nowhere:  # what is buffered goes there, at the latest when Python ends
+                os.dup2(nowhere.fileno(), self._terminal.file.fileno())
 
 
 def step_line(record: StepRecord, total_steps: int, eta_s: float | None, *, with_stage: bool = False) -> Text:

@@ -34,7 +34,7 @@ def read_run_record(run_dir: Path) -> RunRecord:
         record = json.loads(path.read_text(encoding="utf-8"))
         run, versions = record["run"], dict(record["versions"])
         commit, platform = record["git_commit"], str(record["platform"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"run_dir={run_dir}",
             why=f"it holds no {FILE_NAME}, so no run was started in it",

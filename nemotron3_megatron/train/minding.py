@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -90,15 +91,16 @@ def mind(trainer: Trainer, watch: Watch, store: CheckpointStore) -> Minding:
 
     judge = StepJudge(run.resilience, rollback, incidents)
     faults = parse_faults(run.debug.fault)
-    measured = HealthTelemetry(run.health_every_steps, trainer) if run.health_every_steps else None
+    health_every = run.telemetry.health_every
+    measured = HealthTelemetry(health_every, trainer) if health_every else None
     first: list[Callback] = [Watchdog(run, watch)]
     if faults:
         first.append(Faults(faults, run, rank, [chunk.decoder for chunk in trainer.chunks]))
     if measured is not None:
         first.append(measured)
     last: list[Callback] = [judge]
-    if run.straggler_every_steps:
+    if straggler_every := run.resilience.straggler_every:
         factor, measured_by = run.resilience.straggler_factor, kernel_times(run.resilience.straggler, trainer.platform)
         places = (incidents, run.run_dir, measured_by)
-        last.insert(0, Stragglers(run.straggler_every_steps, factor, trainer.platform, *places))
+        last.insert(0, Stragglers(partial(run.is_due, straggler_every), factor, trainer.platform, *places))
     return Minding(replace(trainer, judge=judge), first, last, watch, measured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from nemotron3_megatron.train.loop import run_steps
 from nemotron3_megatron.train.loss import Losses
 from nemotron3_megatron.train.minding import Minding, mind
 from nemotron3_megatron.train.record import write_run_record
-from nemotron3_megatron.train.stages import Boundaries, Side
+from nemotron3_megatron.train.stages import Boundaries, Side, check_continues, warn_of_rate
 from nemotron3_megatron.train.step import Trainer, evaluate
 
 _log = logging.getLogger(__name__)
@@ -99,8 +100,10 @@ def _restore(trainer: Trainer, data: TrainingData, store: CheckpointStore) -> tu
         start_from_weights(store, source, trainer.chunks, trainer.optimizer)
         return Progress(), None
     state = store.load(source, trainer.chunks, trainer.optimizer)
+    check_continues(trainer.run, source, state["step"], state["tokens"])
     data.load_state_dict(state["data"], allow_data_change=options.allow_data_change)
     if rank_zero:
+        warn_of_rate(trainer.run, state)
         before, plan = state.get("precision"), trainer.run.precision_plan
         if before is not None and before["fingerprint"] != plan.fingerprint:
             was, now = before["name"], trainer.run.precision.name
@@ -169,8 +172,8 @@ def _callbacks(
 def _precision_telemetry(trainer: Trainer) -> list[PrecisionTelemetry]:
     """Empty where nothing is quantised or observed."""
     run = trainer.run
-    if run.precision_every_steps is None or trainer.backend == "none":
+    if run.telemetry.precision_every is None or trainer.backend == "none":
         return []
     modules = {name: module for chunk in trainer.chunks for name, module in named_linears(chunk).items()}
     observer = Observer(run.precision_plan, modules, trainer.platform.device)
-    return [PrecisionTelemetry(run.precision_every_steps, observer)]
+    return [PrecisionTelemetry(partial(run.is_due, run.telemetry.precision_every), observer)]

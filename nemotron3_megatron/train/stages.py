@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Run, Stage
 from nemotron3_megatron.data.composition import blend_of
 from nemotron3_megatron.train.callbacks.base import Callback, StepEvent, Stop
 from nemotron3_megatron.train.callbacks.samples import drop_lines_after
+from nemotron3_megatron.train.schedule import learning_rate
+
+_log = logging.getLogger(__name__)
 
 BOUNDARIES = "boundaries.jsonl"
 
@@ -54,6 +59,33 @@ class Boundaries(Callback):
             return
         write_report(self._run.run_dir / BOUNDARIES, before, after)
         self._console.print(report_table(before, after))
+
+
+def check_continues(run: Run, source: Path, step: int, tokens: int) -> None:
+    """Refuse stages that count other tokens until a checkpoint's step than it has seen.
+
+    Everything in tokens, the learning rate first, would jump there without a word.
+
+    Raises:
+        UserError: they do.
+    """
+    if (counted := run.tokens_at(step)) != tokens:
+        raise UserError(
+            f"checkpoint {source} has seen {tokens:,} tokens in {step} steps",
+            where="stages",
+            why=f"these stages count {counted:,} until there, so that learning rate and token counts would jump",
+            nearest="leave what is done as it was: end that stage there (tokens: 'N steps') and add a new one",
+        )
+
+
+def warn_of_rate(run: Run, state: Mapping[str, Any]) -> None:
+    """Say so where the last step of a checkpoint's ``state`` had another learning rate than it would have now."""
+    last = state.get("last_step")
+    if last is None:
+        return
+    if (now := learning_rate(run.schedule, run.tokens_at(last["step"] - 1))) != last["lr"]:
+        message = "the learning rate jumps: that of step %d was %.6g, and would be %.6g by the schedule of this start"
+        _log.warning(message, last["step"], last["lr"], now)
 
 
 def side(run: Run, event: StepEvent, drawn: Mapping[str, Any]) -> Side:

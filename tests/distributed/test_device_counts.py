@@ -47,9 +47,16 @@ def test_runs_that_cannot(options: dict[str, Any]) -> None:
     assert keeps_counts_on_device(tiny_run(2, **{"dtype": "bf16"} | options), native=False) is False
 
 
-@pytest.mark.parametrize("module", ["moe_act", "layernorm"])
-def test_the_torch_spec_refuses_to_recompute_what_needs_transformer_engine(module: str) -> None:
-    run = tiny_run(1, recompute="selective", recompute_modules=(module, "moe"))
-    with pytest.raises(UserError, match=module):
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"recompute": "selective", "recompute_modules": ("moe_act", "moe")}, "moe_act"),
+        ({"recompute": "selective", "recompute_modules": ("layernorm", "moe")}, "layernorm"),
+        ({"router_fusion": True}, "model.moe_router_fusion=true"),
+    ],
+)
+def test_the_torch_spec_refuses_what_needs_transformer_engine(options: dict[str, Any], what: str) -> None:
+    run = tiny_run(1, **options)
+    with pytest.raises(UserError, match=what):
         check_supported(run, select("cpu"), "torch")
     check_supported(run, select("cpu"), "te")

@@ -41,6 +41,7 @@ def tiny_run(
     repeated_mtp: bool = True,
     distributed_optimizer: bool = True,
     overlap: bool = False,
+    router_fusion: bool = False,
     recompute: str = "none",
     recompute_modules: tuple[str, ...] = (),
     isolate_documents: bool = True,
@@ -77,6 +78,7 @@ def tiny_run(
         mtp_loss_scaling_factor=0.3,
         init_method_std=0.1,
         spec=spec,
+        moe_router_fusion=router_fusion,
     )
     dp = world_size // (tp * pp * cp)
     stage = Stage(
@@ -138,10 +140,6 @@ def tiny_run(
         stages=(stage,),
         data=DataConfig(sources={}, isolate_documents=isolate_documents, eod_token=EOD),
         checkpoint=CheckpointConfig(),
-        checkpoint_every_steps=None,
-        telemetry=TelemetryConfig(),
-        log_every_steps=1,
-        eval_every_steps=None,
-        precision_every_steps=None,
+        telemetry=TelemetryConfig(precision_every=None),
         origins=(),
     )

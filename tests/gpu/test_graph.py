@@ -24,6 +24,7 @@ BF16 = 2e-2
 WORLDS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "without_attention": (1, {"isolate_documents": False, "stack": "MEM-", "mtp_depths": 0}),
+    "router": (1, {"router_fusion": True}),
     "dp2": (2, {}),
 }
 

@@ -62,7 +62,12 @@ def _worlds(spec: str, dtype: str, layouts: dict[str, dict[str, Any]]) -> dict[s
 @pytest.fixture(scope="module")
 def one_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("gradients")
-    alone = {"one": {}, "open": {"isolate_documents": False}, "full": {"recompute": "full"}}
+    alone = {
+        "one": {},
+        "open": {"isolate_documents": False},
+        "full": {"recompute": "full"},
+        "router": {"router_fusion": True},
+    }
     worlds: dict[str, dict[str, Any]] = {}
     for dtype in BETWEEN_SPECS:
         worlds |= _worlds("te", dtype, alone) | _worlds("torch", dtype, {"one": {}})
@@ -88,9 +93,12 @@ def test_specs_agree(dtype: str, one_gpu: tuple[Path, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", BETWEEN_SPECS)
-def test_recomputation_changes_nothing(dtype: str, one_gpu: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("what", ["full", "router"])
+def test_recomputation_and_the_routers_kernels_change_nothing(
+    what: str, dtype: str, one_gpu: tuple[Path, dict[str, Any]]
+) -> None:
     folder, results = one_gpu
-    found, reference = f"te_{dtype}_full", f"te_{dtype}_one"
+    found, reference = f"te_{dtype}_{what}", f"te_{dtype}_one"
     _compare(folder, results[found], results[reference], (found, reference), BETWEEN_LAYOUTS[dtype])
 
 

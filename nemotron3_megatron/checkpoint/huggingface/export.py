@@ -66,12 +66,15 @@ def export_model(
     def contents(directory: Path) -> tuple[Iterator[Item], dict[str, Any]]:
         reader = CheckpointReader(Path(checkpoint_dir))
         require_match(reader, run)
+        every = entries(run.model)
+        # The run's own type may be another since it was continued, or the model's where it was imported.
+        found = {"torch_dtype": str(reader.dtype(every[0])).removeprefix("torch.")}
         if number_format == "trained":
-            return (trained_item(reader, entry) for entry in entries(run.model)), {}
+            return (trained_item(reader, entry) for entry in every), found
         from nemotron3_megatron.checkpoint.quantised.export import quantised_items, write_description
 
         items = quantised_items(reader, run)
-        return items, write_description(reader, run, directory)
+        return items, found | write_description(reader, run, directory)
 
     return write_model(out_dir, run, contents, tokenizer=tokenizer, shard_bytes=shard_bytes)
 

@@ -84,7 +84,7 @@ def _config(directory: Path) -> dict[str, Any]:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"hf={directory}", why="holds no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(str(path), why=f"cannot be read: {error}") from None
     if config.get("model_type") != "nemotron_h":
         raise UserError(f"hf={directory}", why=f"is a {config.get('model_type')}, not a nemotron_h")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
@@ -74,8 +75,13 @@ class CheckpointReader:
 
     def tensor(self, entry: Entry) -> Tensor:
         """A published tensor."""
-        parts = [self.box(box).reshape(-1, *entry.shape[1:]) for box in entry.boxes]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined(entry, map(self.box, entry.boxes))
+
+
+def joined(entry: Entry, boxes: Iterable[Tensor]) -> Tensor:
+    """A published tensor from the elements of its boxes."""
+    parts = [box.reshape(-1, *entry.shape[1:]) for box in boxes]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Into(LoadPlanner):

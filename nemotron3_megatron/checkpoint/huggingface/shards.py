@@ -84,7 +84,12 @@ def _write(file: list[Item], path: Path) -> None:
             if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype):
                 raise RuntimeError(f"{spec} was made as {tensor.dtype} {tuple(tensor.shape)}")
             tensors[spec.name] = tensor.contiguous()
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it tells of a full disk
+        raise OSError(str(error)) from error
+    # safetensors lets nobody but the owner read its files; the directory has what the user's umask allows.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 class ShardReader:
@@ -104,7 +109,7 @@ class ShardReader:
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     part = file.get_slice(name)
-                    self.specs[name] = Spec(name, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                    self.specs[name] = Spec(name, tuple(part.get_shape()), _dtype(path, name, part.get_dtype()))
                     self._file_of[name] = path
 
     def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
@@ -120,20 +125,30 @@ class ShardReader:
     def _paths(self) -> list[Path]:
         index = self._directory / INDEX
         if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return sorted({self._directory / name for name in names})
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return sorted({self._directory / name for name in names})
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(str(index), why=f"is not the index of safetensors files ({error!r})") from None
         if (self._directory / SINGLE).is_file():
             return [self._directory / SINGLE]
         raise UserError(f"hf={self._directory}", why=f"holds neither {INDEX} nor {SINGLE}")
 
 
 _DTYPES = {
+    "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+
+
+def _dtype(path: Path, name: str, found: str) -> torch.dtype:
+    if found not in _DTYPES:
+        raise UserError(str(path), why=f"{name} has type {found}, weights have one of {', '.join(_DTYPES)}")
+    return _DTYPES[found]
 
 
 def _opened(path: Path) -> safe_open:

@@ -15,9 +15,9 @@ def run_of(checkpoint: Path) -> Run:
     Raises:
         UserError: ``checkpoint`` is no checkpoint directory, or no run is described.
     """
-    inside = sorted((checkpoint / "checkpoints").glob("step_*"))
+    inside = sorted([*checkpoint.glob("checkpoints/step_*"), *checkpoint.glob("step_*")])
     if inside:
-        raise UserError(f"checkpoint={checkpoint}", why="is a run directory", nearest=f"checkpoint={inside[-1]}")
+        raise UserError(f"checkpoint={checkpoint}", why="holds checkpoints", nearest=f"checkpoint={inside[-1]}")
     if not checkpoint.is_dir():
         nearest = "checkpoint=RUN_DIR/checkpoints/step_XXXXXXXX"
         raise UserError(f"checkpoint={checkpoint}", why="there is no such directory", nearest=nearest)

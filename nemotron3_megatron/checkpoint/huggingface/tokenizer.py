@@ -49,7 +49,7 @@ def special_tokens(tokenizer: Tokenizer | None, path: str | None) -> dict[str, i
     def named(key: str) -> int | None:
         token = names.get(key)
         token = token.get("content") if isinstance(token, dict) else token
-        if token is None or not isinstance(tokenizer, HuggingFaceTokenizer):
+        if not isinstance(token, str) or not isinstance(tokenizer, HuggingFaceTokenizer):
             return None
         found: int | None = tokenizer.tokenizer.token_to_id(token)
         return found

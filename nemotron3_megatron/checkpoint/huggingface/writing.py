@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
 from nemotron3_megatron.checkpoint.huggingface.mapping import Box, Shape
+from nemotron3_megatron.checkpoint.writing import system_error
 
 FORMAT_FILE = "metadata.json"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -49,6 +50,9 @@ def write_checkpoint(chunks: Iterable[Chunk], directory: Path, file_bytes: int) 
         chunks: parts of tensors, which together cover them.
         directory: existing, empty.
         file_bytes: size at which a file is ended.
+
+    Raises:
+        OSError: a file could not be written.
     """
     plans = [SavePlan([_common()])]
     makers: dict[MetadataIndex, Chunk] = {}
@@ -60,9 +64,12 @@ def write_checkpoint(chunks: Iterable[Chunk], directory: Path, file_bytes: int) 
     writer, planner = FileSystemWriter(directory), _Planner(makers)
     writer.set_up_storage_writer(True)
     results = []
-    for plan in writer.prepare_global_plan(plans):
-        results.append(writer.write_data(plan, planner).wait())
-    writer.finish(metadata, results)
+    try:
+        for plan in writer.prepare_global_plan(plans):
+            results.append(writer.write_data(plan, planner).wait())
+        writer.finish(metadata, results)
+    except RuntimeError as error:  # how torch tells of a full disk
+        raise system_error(error) from error
     (directory / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
 
 

@@ -33,13 +33,15 @@ def quantised_items(reader: CheckpointReader, run: Run) -> Iterator[Item]:
     its own; the published layout has one, which is taken here, with a warning.
 
     Raises:
-        UserError: the run's precision plan quantises nothing.
+        UserError: the run's precision plan quantises nothing, or is not the one the checkpoint was trained under.
     """
-    if run.layout.tp > 1 or run.layout.etp > 1:
+    _require_plan(reader, run)
+    tp, etp = (reader.manifest.layout.get(size, 1) for size in ("tp", "etp"))
+    if tp > 1 or etp > 1:
         _log.warning(
             "trained with tp=%d, etp=%d: each part of a weight had an amax of its own there, here each weight has one",
-            run.layout.tp,
-            run.layout.etp,
+            tp,
+            etp,
         )
     amax = observed_amax(reader)
     weights = _weights(run)
@@ -71,6 +73,19 @@ def _weights(run: Run) -> dict[str, Operand]:
         why = "the run quantises nothing, so that its forward pass read the weights as they are"
         raise UserError(f"precision={run.precision.name}", where="run.json", why=why, nearest="format=trained")
     return weights
+
+
+def _require_plan(reader: CheckpointReader, run: Run) -> None:
+    """``run.json`` is of the run's latest start: another stage, or the same run continued in another precision."""
+    trained = reader.manifest.state.get("precision")
+    if trained is not None and trained["fingerprint"] != run.precision_plan.fingerprint:
+        raise UserError(
+            f"checkpoint {reader.path}",
+            where="run.json",
+            why=f"it was trained under another precision plan ({trained['name']}) than the run's latest start "
+            f"({run.precision.name}), and only that one is recorded",
+            nearest="format=trained",
+        )
 
 
 def _algorithm(weight: Operand, input_amax: float | None) -> Algorithm:

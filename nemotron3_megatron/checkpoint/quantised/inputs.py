@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from nemotron3_megatron.checkpoint.huggingface.reading import CheckpointReader
 from nemotron3_megatron.checkpoint.huggingface.source import run_dir_of
@@ -18,15 +19,22 @@ def observed_amax(reader: CheckpointReader) -> dict[str, float]:
     path = None if run_dir is None else run_dir / "metrics.jsonl"
     if path is None or not path.is_file():
         return found
-    for line in path.read_text(encoding="utf-8").splitlines():
+    with path.open(encoding="utf-8", errors="replace") as lines:
         # Most lines have no samples, and only they are long.
-        if '"precision"' not in line:
-            continue
-        record = json.loads(line)
-        if record["step"] <= step and isinstance(record.get("precision"), list):
-            found |= {
-                sample["module"]: sample["amax"]
-                for sample in record["precision"]
-                if (sample["tensor"], sample["direction"]) == ("input", "rows") and sample["amax"]
-            }
+        for line in (line for line in lines if '"precision"' in line):
+            record = _record(line)
+            if record.get("step", step + 1) <= step and isinstance(record.get("precision"), list):
+                found |= {
+                    sample["module"]: sample["amax"]
+                    for sample in record["precision"]
+                    if (sample["tensor"], sample["direction"]) == ("input", "rows") and sample["amax"]
+                }
     return found
+
+
+def _record(line: str) -> dict[str, Any]:
+    """A step's record; nothing for a line torn by a kill or a full disk."""
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return {}

@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from torch import Tensor
 
 from nemotron3_megatron.checkpoint.huggingface.mapping import Box, Entry
+from nemotron3_megatron.checkpoint.huggingface.reading import joined
 
 
 class ModelReader:
@@ -39,5 +40,4 @@ class ModelReader:
 
     def tensor(self, entry: Entry) -> Tensor:
         """A published tensor."""
-        parts = [self.box(box).reshape(-1, *entry.shape[1:]) for box in entry.boxes]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined(entry, map(self.box, entry.boxes))

@@ -35,6 +35,9 @@ from nemotron3_megatron.model.builder import build_model, model_sharded_state
 from nemotron3_megatron.platform import select
 from nemotron3_megatron.platform.base import Spec
 
+BATCH = 16
+"""Sequences of a step of distillation, unless given."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -51,7 +54,7 @@ class Options:
     """Tokens of a sequence; None: as in the checkpoint's next step."""
     distil_steps: int = 0
     """Steps of quantisation-aware distillation after the calibration."""
-    distil_batch: int = 16
+    distil_batch: int = BATCH
     """Sequences of such a step."""
     distil_lr: float = LEARNING_RATE
     tokenizer: str | None = None
@@ -65,6 +68,13 @@ class Options:
                 raise UserError(f"{name}={value}", where="command line", why="is not positive")
         if self.distil_steps < 0:
             raise UserError(f"distil_steps={self.distil_steps}", where="command line", why="is negative")
+        for name, value, default in (
+            ("distil_batch", self.distil_batch, BATCH),
+            ("distil_lr", self.distil_lr, LEARNING_RATE),
+        ):
+            if value != default and not self.distil_steps:
+                why = "has no effect without distillation"
+                raise UserError(f"{name}={value}", where="command line", why=why, nearest="distil_steps=N")
 
 
 def quantise_main(overrides: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from nemotron3_megatron.platform.checks.experts import GROUPED_PRODUCT, WEIGHTED
 from nemotron3_megatron.platform.checks.linears import COLUMN_LINEAR, NORM_LINEAR, ROW_LINEAR
 from nemotron3_megatron.platform.checks.mamba import CONVOLUTION, GROUP_NORM, MIXER
 from nemotron3_megatron.platform.checks.outcome import Check
+from nemotron3_megatron.platform.checks.router import ROUTER
 from nemotron3_megatron.platform.checks.vocabulary import VOCABULARY_LOSS
 
 CHECKS: tuple[Check, ...] = (
@@ -16,6 +17,7 @@ CHECKS: tuple[Check, ...] = (
     Check("row linear", ROW_LINEAR),
     Check("attention", ATTENTION),
     Check("attention, documents", DOCUMENT_ATTENTION),
+    Check("router", ROUTER),
     Check("grouped experts", GROUPED_PRODUCT),
     Check("squared ReLU", WEIGHTED_SQUARED_RELU),
     Check("Mamba-2 convolution", CONVOLUTION),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from nemotron3_megatron.checkpoint.retention import retention_of
@@ -30,7 +31,7 @@ class Saves:
             state: everything else that a resumed run needs, of a step; called on every rank.
         """
         run = trainer.run
-        self._in_background = run.checkpoint.async_save and run.checkpoint_every_steps is not None
+        self._in_background = run.checkpoint.async_save and run.checkpoint.every is not None
         self._retention = retention_of(run)
         self._trainer = trainer
         self._store = store
@@ -96,7 +97,7 @@ class Checkpointing(Callback):
             save: called with the steps done.
             saves: what ``save`` may leave under way.
         """
-        self._every = run.checkpoint_every_steps
+        self._due = partial(run.is_due, run.checkpoint.every)
         self._at_end = run.checkpoint.save_at_end
         self._save = save
         self._saves = saves
@@ -114,7 +115,7 @@ class Checkpointing(Callback):
     def step_done(self, event: StepEvent) -> None:
         if self._saves is not None:
             self._saves.poll(event.step)
-        if self._every and event.step % self._every == 0:
+        if self._due(event.step):
             self._save_once(event.step)
 
     def finished(self, progress: Progress, stop: Stop | None) -> None:

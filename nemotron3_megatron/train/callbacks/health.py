@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
+from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.telemetry.records import Health
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent
 from nemotron3_megatron.train.diagnostics import Diagnostics, require_float32_gradients
@@ -12,10 +14,10 @@ from nemotron3_megatron.train.step import Trainer
 
 
 class HealthTelemetry(Callback):
-    """Measures the first step of a run and every ``every``-th; stands before ``Recording``, which takes the record."""
+    """Measures the first step of a run and every ``every``; stands before ``Recording``, which takes the record."""
 
-    def __init__(self, every: int, trainer: Trainer) -> None:
-        self._every = every
+    def __init__(self, every: Duration, trainer: Trainer) -> None:
+        self._is_due = partial(trainer.run.is_due, every)
         self._trainer = trainer
         self._diagnostics = Diagnostics(trainer)
         self._found: Health = {}
@@ -47,4 +49,4 @@ class HealthTelemetry(Callback):
         self._found = self._diagnostics.loads()
 
     def _due(self, step: int) -> bool:
-        return step == 1 or step % self._every == 0
+        return step == 1 or self._is_due(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 from nemotron3_megatron.precision.observe import Observer, Reading
@@ -11,16 +12,16 @@ from nemotron3_megatron.train.callbacks.base import Callback, StepEvent
 
 
 class PrecisionTelemetry(Callback):
-    """Observes the first step of a run and every ``every``-th; stands before ``Recording``, which takes the records."""
+    """Observes the first step of a run and those that are due; stands before ``Recording``, which takes the records."""
 
-    def __init__(self, every: int, observer: Observer) -> None:
+    def __init__(self, due: Callable[[int], bool], observer: Observer) -> None:
         """Prepare.
 
         Args:
-            every: steps from one sampled step to the next.
+            due: whether a step is sampled.
             observer: of this rank's modules.
         """
-        self._every = every
+        self._is_due = due
         self._observer = observer
         self._records: tuple[OperandRecord, ...] = ()
 
@@ -37,7 +38,7 @@ class PrecisionTelemetry(Callback):
         return self._records
 
     def _due(self, step: int) -> bool:
-        return step == 1 or step % self._every == 0
+        return step == 1 or self._is_due(step)
 
 
 def _record(reading: Reading, found: Summary) -> OperandRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.plan.counts import flops_per_token
@@ -102,16 +103,17 @@ class Validation(Callback):
     def __init__(
         self, run: Run, evaluate: Evaluate, writers: Sequence[Writer], *, health: Callable[[], Health] = dict
     ) -> None:
-        self._every = run.eval_every_steps if run.data.validation else None
-        if run.eval_every_steps and not run.data.validation:
+        every = run.telemetry.eval_every if run.data.validation else None
+        self._due = partial(run.is_due, every)
+        self._measures_last = every is not None
+        if run.telemetry.eval_every and not run.data.validation:
             _log.warning("no held-out loss: telemetry.eval_every is set, but data.validation is empty")
         self._evaluate = evaluate
         self._health = health
         self._writers = writers
 
     def step_done(self, event: StepEvent) -> None:
-        due = self._every is not None and (event.step % self._every == 0 or event.last)
-        if not due:
+        if not (self._due(event.step) or (event.last and self._measures_last)):
             return
         losses = self._evaluate(event)
         main, *depths = losses.depths

@@ -11,7 +11,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -53,7 +53,7 @@ class Stragglers(Callback):
 
     def __init__(
         self,
-        every: int,
+        due: Callable[[int], bool],
         factor: float,
         platform: Platform,
         incidents: IncidentLog,
@@ -63,14 +63,14 @@ class Stragglers(Callback):
         """Prepare.
 
         Args:
-            every: steps between two gatherings.
+            due: whether times are gathered after so many steps.
             factor: a rank that is slower than the median by it is named.
             platform: of this rank.
             incidents: where it is recorded.
             run_dir: gets RANK_TIMES, of the last gathering.
             kernel_times: measures the steps at whose end times are gathered.
         """
-        self._every, self._factor = every, factor
+        self._due, self._factor = due, factor
         self._platform = platform
         self._incidents = incidents
         self._run_dir = run_dir
@@ -85,12 +85,12 @@ class Stragglers(Callback):
     def before_step(self, step: int) -> None:
         if self._left_at is not None:
             self._gaps.append(time.perf_counter() - self._left_at)
-        if self._kernel_times is not None and step % self._every == 0:
+        if self._kernel_times is not None and self._due(step):
             self._kernel_times.begin()
 
     def step_done(self, event: StepEvent) -> None:
         self._steps.append(event.step_time_s)
-        if event.step % self._every == 0:
+        if self._due(event.step):
             kernels = None if self._kernel_times is None else self._kernel_times.end()
             if self._gaps:
                 self._gather(event.step, kernels)

@@ -91,11 +91,75 @@ def test_rm_while_the_run_is_training(run_dir: Path, capsys: pytest.CaptureFixtu
     training.release()
 
 
+def test_rm_of_a_link_removes_the_link(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A checkpoint that was moved to another disk, or is another run's."""
+    other = tmp_path_factory.mktemp("other") / "checkpoints" / "step_00000005"
+    link = run_dir / "checkpoints" / "step_00000005"
+    other.parent.mkdir()
+    link.rename(other)
+    link.symlink_to(other)
+    assert cli.main(["checkpoint", "verify", str(link)]) == 0
+    assert cli.main(["checkpoint", "rm", str(link)]) == 0
+    assert not link.is_symlink()
+    assert cli.main(["checkpoint", "verify", str(other)]) == 0
+
+
+def test_what_was_set_aside(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Damaged checkpoints go with the leftovers; one that a roll-back left is whole, and goes when it is named."""
+    root = run_dir / "checkpoints"
+    _write(root / "damaged_step_00000002", 2)
+    _write(root / "abandoned_step_00000003", 3)
+    assert cli.main(["checkpoint", "rm", str(run_dir), "--json"]) == 0
+    removed = [Path(path).name for path in json.loads(capsys.readouterr().out)["removed"]]
+    assert removed == ["damaged_step_00000002", "step_00000015"]
+    assert cli.main(["checkpoint", "verify", str(root / "abandoned_step_00000003")]) == 0
+    assert cli.main(["checkpoint", "rm", str(root / "abandoned_step_00000003")]) == 0
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000005", "step_00000010"]
+
+
+def test_things_that_are_no_checkpoints(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = run_dir / "checkpoints"
+    (root / "step_00000020").write_text("a file")
+    (root / "step_00000021").symlink_to(root / "nowhere")
+    (root / "step_00000015" / "link").symlink_to(root / "nowhere")
+    (root / ".step_00000022.partial").write_text("a file")
+    assert cli.main(["checkpoint", "ls", str(run_dir)]) == 0
+    assert cli.main(["checkpoint", "verify", str(run_dir), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoints"]
+    assert [row["damage"] is None for row in rows] == [False, False, False, True, True]
+    assert cli.main(["checkpoint", "rm", str(run_dir)]) == 0
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000005", "step_00000010"]
+
+
+def test_a_damaged_index_is_not_read(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = run_dir / "checkpoints" / "step_00000010"
+    _flip(place / ".metadata")
+    assert cli.main(["checkpoint", "show", str(place)]) == 2
+    assert ".metadata is damaged (its checksum differs)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_outside_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Imported and merged ones have any name; they are removed as any directory."""
+    _write(tmp_path / "imported", 5)
+    for action in ("ls", "show", "verify"):
+        assert cli.main(["checkpoint", action, str(tmp_path / "imported")]) == 0
+    assert cli.main(["checkpoint", "rm", str(tmp_path / "imported")]) == 2
+    assert (tmp_path / "imported").is_dir()
+
+
+def test_rm_that_fails_says_why(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "checkpoints" / ".step_00000010.deleted").mkdir()
+    (run_dir / "checkpoints" / ".step_00000010.deleted" / "file").touch()
+    assert cli.main(["checkpoint", "rm", str(run_dir / "checkpoints" / "step_00000010")]) == 2
+    assert "cannot be removed: Directory not empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "takes one of ls, show, verify, rm"),
         (["verfy", "x"], "nemotron3 checkpoint verify RUN_DIR"),
+        (["zzzz", "x"], "nemotron3 checkpoint ls RUN_DIR"),
         (["ls"], "nemotron3 checkpoint ls RUN_DIR"),
         (["ls", "nowhere"], "no run directory with checkpoints"),
     ],

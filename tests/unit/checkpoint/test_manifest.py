@@ -70,6 +70,8 @@ def test_absent(checkpoint: Path) -> None:
     (checkpoint / manifest.FILE_NAME).unlink()
     with pytest.raises(ValueError, match="never completed"):
         manifest.read(checkpoint)
+    with pytest.raises(ValueError, match="does not exist"):
+        manifest.read(checkpoint / "nowhere")
 
 
 def test_other_format(checkpoint: Path) -> None:
@@ -77,3 +79,30 @@ def test_other_format(checkpoint: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(ValueError, match="has format 99, this version reads format 1"):
         manifest.read(checkpoint)
+
+
+def test_no_changed_byte_of_the_manifest_is_believed(checkpoint: Path) -> None:
+    """It holds the position in the data: a start must not go on from another one."""
+    path = checkpoint / manifest.FILE_NAME
+    written, good = path.read_bytes(), manifest.read(checkpoint)
+    believed = []
+    for place in range(len(written)):
+        data = bytearray(written)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            found = manifest.read(checkpoint)
+        except ValueError:
+            continue
+        if found != good:
+            believed.append(place)
+    assert not believed
+
+
+def test_manifests_of_earlier_versions_have_no_checksum(checkpoint: Path) -> None:
+    path = checkpoint / manifest.FILE_NAME
+    fields = json.loads(path.read_text())
+    good = manifest.read(checkpoint)
+    del fields["crc32"]
+    path.write_text(json.dumps(fields))
+    assert manifest.read(checkpoint) == good

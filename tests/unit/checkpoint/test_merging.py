@@ -121,6 +121,12 @@ def test_other_shapes_are_refused(run_dir: Path) -> None:
         merge(run_dir, run_dir / "out")
 
 
+def test_a_damaged_one_is_not_left_out_silently(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "step_00000002" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"(?s)step_00000002: is damaged.*nemotron3 checkpoint rm"):
+        merge(run_dir, run_dir / "out")
+
+
 BOUNDED = """
 import resource, sys
 from pathlib import Path

@@ -71,7 +71,7 @@ def test_load_state_needs_no_process_group(tmp_path: Path) -> None:
     (path / "data").unlink()
     with pytest.raises(UserError, match="not complete: data is missing"):
         load_state(path)
-    with pytest.raises(UserError, match="never completed"):
+    with pytest.raises(UserError, match="does not exist"):
         load_state(tmp_path / "nothing")
 
 
@@ -113,3 +113,25 @@ def test_leftovers_are_swept_before_a_save(tmp_path: Path) -> None:
         _write(path.parent / name, 1)
     CheckpointDirectory(tmp_path).make_room(6, "abc")
     assert sorted(found.name for found in path.parent.iterdir()) == [".step_00000006.abc.partial", "step_00000005"]
+
+
+def test_retention_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    """An old checkpoint that was moved to a slower disk."""
+    old, new = _steps(tmp_path, 1, 2)
+    moved = tmp_path / "archive"
+    old.rename(moved)
+    old.symlink_to(moved)
+    CheckpointDirectory(tmp_path).retain(Retention(1))
+    assert [path.name for path in new.parent.iterdir()] == [new.name]
+    assert sorted(path.name for path in moved.iterdir()) == ["data", "manifest.json"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a network file system a reader keeps the directory from becoming empty."""
+    first, second, third = _steps(tmp_path, 1, 2, 3)
+    _write(first.with_name(".step_00000001.deleted"), 1)
+    CheckpointDirectory(tmp_path).retain(Retention(1))
+    assert "step_00000001 could not be removed: Directory not empty" in caplog.text
+    assert (first.is_dir(), second.is_dir(), third.is_dir()) == (True, False, True)

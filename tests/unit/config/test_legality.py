@@ -11,11 +11,18 @@ from hypothesis import strategies as st
 
 from nemotron3_megatron.config import Run, compose, resolve
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.config.keys import key_lines
 from nemotron3_megatron.config.legality import with_value
 from nemotron3_megatron.config.recipe import Recipe
 from nemotron3_megatron.config.typed import show
 
 TINY = compose(["recipe=tiny"])[0]
+NO_WARMUP = ("optimizer.lr_warmup", "0 steps")
+DURATIONS = [
+    line.split()[0].replace("NAME", "main")
+    for line in key_lines()
+    if "(duration" in line and not line.startswith("cluster.") and "batch_rampup" not in line
+]
 
 
 def refused(world_size: int, *overrides: str) -> UserError:
@@ -56,11 +63,25 @@ def refused(world_size: int, *overrides: str) -> UserError:
         (2, ["parallel.recompute=selective"], "parallel.recompute=selective", "recompute_modules"),
         (2, ["parallel.recompute_modules=[moe]"], "parallel.recompute_modules=[moe]", "selective"),
         (2, ["parallel.moe_token_dispatcher_type=flex", "device=cpu"], "parallel.moe_token", "alltoall"),
+        (2, ["model.moe_router_fusion=true", "device=cpu"], "model.moe_router_fusion", "false"),
+        (2, ["model.moe_router_fusion=true", "model.spec=torch"], "model.moe_router_fusion", "false"),
         (2, ["parallel.ep=1", "parallel.etp=2", "parallel.tp=2", "parallel.moe_token_dispatcher_type=allgather"],
          "parallel.moe_token_dispatcher_type=allgather", "parallel.etp=1"),
         (2, ["optimizer.lr_wsd_decay=null"], "optimizer.lr_wsd_decay=null", "cosine"),
         (2, ["optimizer.lr_decay_style=cosine"], "optimizer.lr_wsd_decay", "null"),
         (2, ["optimizer.lr_warmup='3M tokens'"], "optimizer.lr_warmup=3M tokens", "'800128 tokens'"),
+        (2, ["optimizer.lr_decay='1 steps'"], "optimizer.lr_decay=1 steps", "'460000 tokens'"),
+        (2, [f"seed={2**63}"], f"seed={2**63}", "seed=1234"),
+        (2, ["stages.main.batch_rampup={start_tokens: 1024, increment_tokens: 1024, over: 9 steps}"],
+         "stages.main.batch_rampup.start_tokens=1024", "batch_rampup=null"),
+        (2, ["name=''"], "name=''", "name=NAME"),
+        (2, ["device=cpu", "model.spec=te"], "model.spec=te", "torch"),
+        (2, ["device=cpu", "parallel.cuda_graph=passes"], "parallel.cuda_graph=passes", "auto"),
+        (2, ["device=cpu", "resilience.straggler=nvrx"], "resilience.straggler=nvrx", "own"),
+        (2, ["resilience.straggler=nvrx", "resilience.straggler_every=null"], "resilience.straggler=nvrx", "100 steps"),
+        (2, ["checkpoint.keep_best=1", "telemetry.eval_every=null"], "checkpoint.keep_best=1", "eval_every"),
+        (2, ["checkpoint.keep_best=1", "~data.validation"], "checkpoint.keep_best=1", "data.validation"),
+        (2, ["checkpoint.every=null", "checkpoint.keep_every='9 steps'"], "checkpoint.", "checkpoint.every="),
         (2, ["optimizer.min_lr=1.0"], "optimizer.min_lr=1.0", "optimizer.min_lr=3e-05"),
         (2, ["checkpoint.every='5 min'"], "checkpoint.every", "steps"),
         (2, ["stages.main.tokens='0 tokens'"], "stages.main.tokens", None),
@@ -79,6 +100,15 @@ def test_each_rule_names_value_reason_and_nearest(
     assert error.why
     assert error.where
     assert nearest is None or nearest in str(error.nearest)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [(key, text) for key in DURATIONS for text in ("5 min", "0 steps") if (key, text) != NO_WARMUP],
+)
+def test_durations_of_training_are_positive_steps_or_tokens(key: str, text: str) -> None:
+    """All there are: one that no rule knew would be refused by nobody, or end in a trace."""
+    assert refused(2, f"{key}='{text}'").what.startswith(f"{key}=")
 
 
 def test_a_message_blames_the_command_line_before_a_file() -> None:

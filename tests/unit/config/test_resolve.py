@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron3_megatron.config import check_data, compose, resolve
+from nemotron3_megatron.config import check_data, compose, make_run_dir, planned_world, resolve
 from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import Recipe
@@ -44,7 +44,6 @@ def test_defaults_that_resolution_fills(tiny: Recipe) -> None:
     run = resolve(replace(tiny, parallel=replace(tiny.parallel, tp=2)), 2)
     assert run.run_dir == Path("runs/tiny")
     assert run.layout.sequence_parallel
-    assert run.checkpoint_every_steps == 100
 
 
 def test_only_origins_that_differ_are_recorded() -> None:
@@ -52,6 +51,16 @@ def test_only_origins_that_differ_are_recorded() -> None:
     keys = {origin.key for origin in resolve(recipe, 2, origins).origins}
     assert "max_steps" in keys
     assert "seed" not in keys  # set, and equal to its default
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(tiny: Recipe, tmp_path: Path) -> None:
+    run = resolve(tiny, 2)
+    (tmp_path / "file").touch()
+    for impossible in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/run")):
+        with pytest.raises(UserError, match=f"run_dir={impossible}: cannot be made"):
+            make_run_dir(replace(run, run_dir=impossible))
+    for _ in range(2):  # each rank, each start
+        make_run_dir(replace(run, run_dir=tmp_path / "a b" / "ü"))
 
 
 def test_training_needs_data_that_exists(tiny: Recipe, tmp_path: Path) -> None:
@@ -65,3 +74,12 @@ def test_training_needs_data_that_exists(tiny: Recipe, tmp_path: Path) -> None:
         check_data(replace(run, data=data))
     (tmp_path / "text.idx").touch()
     check_data(replace(run, data=data))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [([], 2), (["stage=phase2"], 2), (["stages.phase1.world_size=3"], 3), (["~world_size"], 1), (["world_size=0"], 0)],
+)
+def test_a_plan_is_for_the_world_of_its_stage(overrides: list[str], ranks: int) -> None:
+    """0 is refused by a rule, which could not tell it from nothing otherwise."""
+    assert planned_world(compose(["recipe=tiny_curriculum", *overrides])[0]) == ranks

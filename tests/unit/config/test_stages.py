@@ -120,6 +120,15 @@ def test_a_ramp_up_takes_equal_parts_of_its_tokens() -> None:
     assert run.stages[0].tokens_per_step == 1024
 
 
+def test_intervals_in_tokens_follow_each_stages_batch() -> None:
+    """1,024 tokens in each of 4 steps, then 4,096: multiples of 3,072 are passed after 3,072 and after 8,192 to 20,480."""
+    run = resolve(with_stages(a=stage("4 steps"), b=stage("4 steps", batch_tokens=4096)), 2)
+    assert [run.tokens_at(step) for step in (0, 4, 8)] == [0, 4096, 20480]
+    assert [step for step in range(1, 9) if run.is_due(Duration.parse("3072 tokens"), step)] == [3, 5, 6, 7, 8]
+    assert [step for step in range(1, 9) if run.is_due(Duration.parse("3 steps"), step)] == [3, 6]
+    assert not any(run.is_due(None, step) for step in range(1, 9))
+
+
 def test_a_million_steps_cost_nothing() -> None:
     """Any step of Ultra's size is found without walking there: by a few calls, not by one for each step before it."""
     rampup = RampupConfig(start_tokens=512, increment_tokens=512, over=Duration.parse("1B tokens"))

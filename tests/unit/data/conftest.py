@@ -119,11 +119,7 @@ def make_run(tmp_path: Path, make_stage: MakeStage) -> MakeRun:
                 num_prefetch=num_prefetch,
             ),
             checkpoint=CheckpointConfig(),
-            checkpoint_every_steps=None,
-            telemetry=TelemetryConfig(eval_batches=eval_batches),
-            log_every_steps=1,
-            eval_every_steps=None,
-            precision_every_steps=None,
+            telemetry=TelemetryConfig(eval_batches=eval_batches, precision_every=None),
             origins=(),
         )
 

@@ -121,6 +121,15 @@ def test_more_epochs_than_allowed_are_refused(curriculum: Run) -> None:
         TrainingData(with_limit(limit - 1e-6), 0, 1, 0, 1)
 
 
+def test_a_source_too_short_for_a_later_stage_is_refused_at_the_start(curriculum: Run, write_corpus) -> None:
+    """Not when that stage begins, perhaps weeks later; a run that ends before it may read the source."""
+    sources = {**curriculum.data.sources, "b": SourceConfig(path=str(write_corpus("b", [[5] * 15 + [0]])))}
+    run = replace(curriculum, data=replace(curriculum.data, sources=sources))
+    with pytest.raises(UserError, match=r"sources\.b has 16 tokens: stage second reads windows of seq_length=16"):
+        TrainingData(run, 0, 1, 0, 1)
+    TrainingData(replace(run, total_steps=10), 0, 1, 0, 1).close()
+
+
 def test_documents_of_a_source_may_see_each_other(curriculum: Run) -> None:
     sources = dict(curriculum.data.sources)
     sources["b"] = replace(sources["b"], isolate_documents=False)
@@ -175,6 +184,34 @@ def test_inspect_says_what_the_blend_really_is(write_corpus, numbered, tmp_path:
     assert main(["data", "look"]) == 2
 
 
+def test_inspect_names_what_training_would_refuse(write_corpus, numbered, tmp_path: Path, capsys) -> None:
+    """After everything else is shown; here two blends at one length, one of them with a source of a single window."""
+    a, b = write_corpus("a", numbered([30] * 20)), write_corpus("b", numbered([65]))
+    words = ["recipe=tiny", f"run_dir={tmp_path}/run", "data=custom", "stages.main.blend=one", "data.blends.one={a: 1}"]
+    words += [f"data.sources.a.path={a}", f"data.sources.b.path={b}", "data.blends.two={a: 1, b: 1}"]
+    words += ["optimizer.lr_warmup=1 steps", "optimizer.lr_wsd_decay=2 steps", "stages.main.tokens=10 steps"]
+
+    def inspect(length: int, *more: str) -> int:
+        other = f"stages.main.other_lengths.other={{seq_length: {length}, share: 0.5, blend: two}}"
+        return main(["data", "inspect", *words, other, "stages.main.seq_length=64", "--json", *more])
+
+    assert inspect(64) == 0
+    rows = json.loads(capsys.readouterr().out)["stages"]
+    assert [(row["source"], row["share"], row["tokens"]) for row in rows] == [
+        ("a", 1.0, 5 * 16 * 64),
+        ("a", 0.5, 5 * 8 * 64),
+        ("b", 0.5, 5 * 8 * 64),
+    ]
+    for length, more, why in (
+        (64, ["data.sources.b.max_epochs=2"], "65 tokens 39.4 times"),
+        (128, [], "has 65 tokens"),
+    ):
+        assert inspect(length, *more) == 2
+        captured = capsys.readouterr()
+        assert len(json.loads(captured.out)["sources"]) == 2
+        assert why in captured.err
+
+
 def test_inspect_shows_documents_from_everywhere(write_corpus, tmp_path: Path, capsys) -> None:
     """The beginnings of three of ten documents; of a source of two, both."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -186,7 +223,7 @@ def test_inspect_shows_documents_from_everywhere(write_corpus, tmp_path: Path, c
     two = write_corpus("two", [[2, 2, 1], [3, 3, 1]])
     settings = ["recipe=tiny", f"run_dir={tmp_path}/run", "data=custom", f"data.tokenizer={tmp_path}/tokenizer.json"]
     settings += [f"data.sources.ten={{path: {ten}}}", f"data.sources.two={{path: {two}}}", "data.eod_token=1"]
-    settings += ["stages.main.seq_length=8", "stages.main.tokens=3 steps", "optimizer.lr_warmup=1 steps"]
+    settings += ["stages.main.seq_length=4", "stages.main.tokens=3 steps", "optimizer.lr_warmup=1 steps"]
     assert main(["data", "inspect", *settings, "optimizer.lr_wsd_decay=1 steps"]) == 0
     shown = [line.split(" begins: ") for line in capsys.readouterr().out.splitlines() if " begins: " in line]
     expected = {f"ten, document {number}": " ".join([f"word{number}"] * (number + 1)) for number in (1, 5, 8)}

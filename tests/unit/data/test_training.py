@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemotron3_megatron.config.duration import EVERY_10_STEPS
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch
@@ -192,6 +193,31 @@ def test_validation_is_fixed_and_independent_of_the_layout(make_run, make_stage,
     halves = [list(ValidationData(run, rank, 2, 0, 1).batches(make_stage(dp=2))) for rank in range(2)]
     interleaved = [batch.tokens.tolist() for pair in zip(*halves, strict=True) for batch in pair]
     assert interleaved == [batch.tokens.tolist() for batch in first]
+
+
+def test_too_little_held_out_text_is_found_before_training(make_run, make_stage, two_sources, write_corpus) -> None:
+    short = {"held_out": (write_corpus("short", [[5, 6, 7, 0]]), 1.0)}
+    run = make_run(two_sources, validation=short)
+    ValidationData(run, 0, 1, 0, 1)  # is never read
+    with pytest.raises(UserError, match="'held_out'"):
+        ValidationData(replace(run, telemetry=replace(run.telemetry, eval_every=EVERY_10_STEPS)), 0, 1, 0, 1)
+
+
+def test_sources_of_different_tokenizers_are_named(make_run, write_corpus, numbered, tmp_path, caplog) -> None:
+    """As their manifests tell; a source without one, or with another tool's, says nothing."""
+    sources = {}
+    for name, manifest in (("a", "0a"), ("b", "0a"), ("c", "0c"), ("d", None), ("e", 5)):
+        (tmp_path / name).mkdir()
+        sources[name] = (write_corpus(f"{name}/train", numbered([30] * 9)), 1.0)
+        if manifest is not None:
+            content = {"tokenizer": {"fingerprint": manifest}} if isinstance(manifest, str) else [manifest]
+            (tmp_path / name / "manifest.json").write_text(json.dumps(content))
+    TrainingData(make_run({name: sources[name] for name in "abde"}), 0, 1, 0, 1).close()
+    assert not caplog.records
+    run = make_run({name: sources[name] for name in "ad"}, validation={"c": sources["c"]})
+    TrainingData(run, 0, 1, 0, 1).close()
+    assert "different tokenizers" in caplog.text
+    assert "a: 0a; c (validation): 0c" in caplog.text
 
 
 def test_no_validation_sources_no_batches(make_run, make_stage, two_sources) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,16 @@ def test_hook(prepare, write_jsonl, texts, tmp_path: Path, monkeypatch, capsys) 
     assert dropped["my_filters:short"] + dropped["script"] + len(expected) == len(texts)
     assert prepare([source], "out2", "filters.hooks=['my_filters:missing']") == 2
     assert "MODULE:FUNCTION" in capsys.readouterr().err
+
+
+def test_a_changed_hook_makes_the_data_anew(prepare, write_jsonl, texts, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = write_jsonl("t.jsonl", texts)
+    for end in (" 7", " 18"):
+        (tmp_path / "changing.py").write_text(f"def keep(document):\n    return not document.text.endswith({end!r})\n")
+        sys.modules.pop("changing", None)  # as in a new process
+        assert prepare([source], "out", "filters.hooks=['changing:keep']", "tokenizer.vocab_size=260") == 0
+        assert kept(tmp_path / "out") == [text for text in texts if not text.endswith(end)]
 
 
 def test_exact_copies_across_shards(prepare, write_jsonl, texts, tmp_path: Path) -> None:

@@ -248,6 +248,31 @@ def test_repositories(prepare, tmp_path: Path, as_records: bool) -> None:
     assert sum(text.count("x = 'long line'\n") for text in texts) >= 400 - len(texts)  # cut lines are in two documents
 
 
+def test_files_without_a_place_of_their_own_are_counted(prepare, tmp_path: Path, capsys) -> None:
+    """A path that occurs twice in a repository, and records that name no repository, which are not one together."""
+    rows = [{"text": f"file {i}\n" * 30, "repo": "one", "path": f"{min(i, 2)}.txt"} for i in range(4)]
+    rows += [{"text": "nobody's\n" * 30, "repo": None, "path": "a.txt"}]
+    source = tmp_path / "files.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (
+        "+long.kind=repositories",
+        "+long.lengths=[1500]",
+        "+long.repository_field=repo",
+        "tokenizer.vocab_size=260",
+    )
+    assert prepare([source], "out", *settings) == 2
+    assert "files.jsonl:5: its repository or path is no text" in capsys.readouterr().err
+    assert prepare([source], "out", *settings, "on_error=skip") == 0
+    assert Manifest.load(tmp_path / "out").dropped == {
+        "its path occurs twice in the repository": 1,
+        "its repository or path is no text": 1,
+    }
+    ((ids,), _) = long_documents(tmp_path / "out")
+    assert re.findall(r"==> (.*) <==\nfile (\d)", text_of(tmp_path / "out", ids)) == [
+        (f"{i}.txt", f"{i}") for i in range(3)
+    ]
+
+
 @pytest.mark.parametrize("batch", [1, 150, 10**6])
 def test_a_large_repository_is_tokenised_in_batches(tmp_path: Path, prepare, monkeypatch, batch: int) -> None:
     """Where batches end decides nothing: documents hold the files' own ids, each file once."""

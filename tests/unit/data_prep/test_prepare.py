@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from data_prep import prepare as prepare_module
 from data_prep.manifest import Manifest
 from data_prep.progress import Progress
 from nemotron3_megatron.data.indexed import IndexedTokens
@@ -52,8 +61,10 @@ def test_every_format_gives_the_same_tokens(prepare, write_jsonl, texts, tmp_pat
 
 
 def test_tekken(prepare, write_jsonl, texts, tmp_path: Path) -> None:
+    """In a directory of another tokenizer, which must not remain beside it."""
     pytest.importorskip("mistral_common")
-    assert prepare([write_jsonl("t.jsonl", texts)], "out", bpe=False) == 0
+    assert prepare([write_jsonl("t.jsonl", texts)], "out") == 0
+    assert prepare([tmp_path / "t.jsonl"], "out", bpe=False) == 0
     assert decoded(tmp_path / "out", "train") == texts
     manifest = Manifest.load(tmp_path / "out")
     assert (manifest.tokenizer.vocab_size, manifest.tokenizer.eod_token) == (131_072, 2)
@@ -199,6 +210,71 @@ def test_two_processes_make_the_same(prepare, write_jsonl, texts, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_workers_end_with_the_process_that_started_them(prepare, write_jsonl, texts, tmp_path: Path) -> None:
+    """Else they would wait for ever, or write into the shards of the next start."""
+    (tmp_path / "slow.py").write_text(
+        "import os, pathlib, time\n"
+        "def keep(document):\n"
+        "    pathlib.Path(__file__).with_name(f'{os.getpid()}.pid').touch()\n"
+        "    time.sleep(60)\n"
+        "    return True\n"
+    )
+    command = [sys.executable, "-m", "data_prep", "recipe=files", "filters.hooks=['slow:keep']", "num_workers=2"]
+    command += [f"input.paths=[{tmp_path}/in]", f"output={tmp_path}/out", "shard_bytes=1"]
+    assert prepare(many_files(write_jsonl, texts), "first") == 0
+    command += [f"tokenizer.path={tmp_path}/first/tokenizer.json"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as started:
+        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+        started.kill()
+    workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    wait_until(lambda: not any(lives(worker) for worker in workers))
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended but was not waited for has an empty command line."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_one_preparation_at_a_time(prepare, write_jsonl, texts, tmp_path: Path, capsys) -> None:
+    source = write_jsonl("t.jsonl", texts)
+    (tmp_path / "out").mkdir()
+    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert prepare([source], "out") == 2
+    assert "another preparation is writing there" in capsys.readouterr().err
+    os.close(descriptor)
+    assert prepare([source], "out", "tokenizer.vocab_size=260") == 0
+
+
+def test_a_log_file_tells_how_far_the_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bars are not shown."""
+    monkeypatch.setattr(prepare_module, "_LINE_SECONDS", 0.0)
+    console = Console(file=StringIO(), force_terminal=False)
+    progress = prepare_module._progress(console)
+    bar = progress.add_task("tokens", total=100, amount="0.1 MB")
+    progress.add_task("manifest", total=1, amount="", start=False)
+    look = prepare_module._log_lines(progress, console)
+    for done in (20, 40):
+        progress.update(bar, completed=done)
+        look()
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "tokens: 20% of 0.1 MB, 0:00:00, ETA ?"
+    assert re.fullmatch(r"tokens: 40% of 0.1 MB, 0:00:0\d, ETA 0:00:0\d", lines[1])
+    assert len(lines) == 2
+
+
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run(prepare, write_jsonl, texts, tmp_path: Path, monkeypatch, capsys) -> None:
     """As the kernel does when memory runs out: the run must end with a message, and go on the next time."""
     (tmp_path / "deadly.py").write_text(
@@ -238,6 +314,10 @@ def test_a_killed_worker_ends_the_run(prepare, write_jsonl, texts, tmp_path: Pat
         (["on_eror=skip"], "on_error"),
         (["validation_fraction=0.0000001"], "holds out none"),
         (["input.text_field=body"], "no key 'body'"),
+        (
+            ["input.text_field=body", "on_error=skip", "tokenizer.kind=pretrained", "tokenizer.path=tekken"],
+            "0 empty, 60 defective, 0 dropped, 0 held out; t.jsonl:1: no key 'body'",
+        ),
     ],
 )
 def test_user_errors_exit_with_2(prepare, write_jsonl, texts, overrides, expected, capsys) -> None:

@@ -62,6 +62,7 @@ def test_positions_lead_to_the_end_of_the_file(write_jsonl, texts) -> None:
         (b'{"text": null}', "'text' is NoneType"),
         (b'{"text": "\\ud800"}', "not valid Unicode"),
         (b'{"text": "\xff"}', "not JSON"),
+        (b"[" * 200_000, "not JSON: maximum recursion depth"),
     ],
 )
 def test_a_defective_line_is_named_and_the_rest_is_read(tmp_path: Path, line: bytes, why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -72,6 +73,35 @@ def test_cut_warc_is_reported(tmp_path: Path, compressed: bool) -> None:
     assert not [item for item in before if isinstance(item, Document) and SENTENCE not in item.text]
 
 
+def test_wherever_a_warc_is_cut_the_loss_is_reported(tmp_path: Path) -> None:
+    """In headers of the archive or of HTTP as in text; only between two records a cut cannot be seen."""
+    whole = warc(compressed=False)
+    _, *ends = [match.start() for match in re.finditer(rb"WARC/1.0\r\n|$", whole)]
+    path = tmp_path / "a.warc"
+    # Two line ends stand behind a record, without which it is complete. Not every place: pages take long.
+    for length in [*range(2, 340), *range(340, len(whole), 17)]:
+        if not any(end - 4 <= length <= end for end in ends):
+            path.write_bytes(whole[:length])
+            assert isinstance(items(path, "warc")[-1], Defect), length
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "documents"),
+    [
+        (b"WARC-Target-URI: http://a.b/\r\n", b"", 2),  # nothing that is needed
+        (b"HTTP/1.1 200", b"HTTP/2 200", 2),
+        (b"Content-Length", b"Content-Weight", 0),
+        (b"WARC-Type", b"WARC-Kind", 0),
+        (b"metadata", b"metatata", 2),
+        (b"Content-Length: 7", b"Content-Length: 5", 2),  # of the first record, which holds "fetched"
+    ],
+)
+def test_odd_headers_lose_no_other_record(tmp_path: Path, there: bytes, instead: bytes, documents: int) -> None:
+    (tmp_path / "a.warc").write_bytes(warc(compressed=False).replace(there, instead))
+    found = items(tmp_path / "a.warc", "warc")
+    assert sum(isinstance(item, Document) for item in found) == documents, found
+
+
 def test_garbage_is_no_warc(tmp_path: Path) -> None:
     (tmp_path / "a.warc").write_bytes(b"neither an archive\r\nnor a page\r\n" * 5)
     (tmp_path / "b.warc.gz").write_bytes(gzip.compress(b"x" * 50)[:-5])
@@ -95,10 +125,18 @@ def test_arrow_stream(tmp_path: Path, texts) -> None:
     assert [(item.text, item.fields["repo"]) for item in read_back if isinstance(item, Document)] == [
         (text, f"r{i}") for i, text in enumerate(texts)
     ]
-    file.path.write_bytes(file.path.read_bytes()[:-300])
-    last = list(read(file, Keys()))[-1]
-    assert isinstance(last, Defect)
-    assert "damaged" in last.why
+    whole = file.path.read_bytes()
+    second = whole.index(b"\xff\xff\xff\xff", len(whole) // 2)  # a batch begins like this
+    offsets = whole.index(bytes([0, 0, 0, 0, len(texts[0])]))  # of the first batch's texts
+    for damaged in (
+        whole[:-300],
+        whole[:second] + bytes(8) + whole[second + 8 :],  # looks like the end of the stream
+        whole[:offsets] + b"\xff\xff\xff\x7f" + whole[offsets + 4 :],  # points outside of the text
+    ):
+        file.path.write_bytes(damaged)
+        last = list(read(file, Keys()))[-1]
+        assert isinstance(last, Defect)
+        assert "damaged" in last.why
 
 
 def test_missing_field_is_a_defect(write_jsonl) -> None:

@@ -150,6 +150,15 @@ def test_the_command_prints_prompt_and_continuation(saved: Saved, capsys: pytest
     assert "acceptance length" in printed.err
 
 
+def test_a_file_gets_every_character(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tabs are tabs, whatever a terminal would show."""
+    common = [f"checkpoint={saved.checkpoint}", "prompt=a\t= [b]\r\n\x0c", "max_new_tokens=1", "temperature=0"]
+    assert generate_main(common) == 0
+    assert capsys.readouterr().out.startswith("a\t= [b]\r\n\x0c")
+    assert generate_main([*common, "samples=2"]) == 0
+    assert capsys.readouterr().out.count("a\t= [b]\r\n\x0c") == 2
+
+
 def test_options_are_typed_and_the_prompt_is_taken_as_it_is() -> None:
     options = read_options(["checkpoint=/c", "prompt=x=1", "temperature=1", "top_p=5e-1", "seed=3"])
     assert options.prompt == "x=1"
@@ -168,6 +177,11 @@ def test_options_are_typed_and_the_prompt_is_taken_as_it_is() -> None:
         (["checkpoint=c", "prompt=x", "prompt=y"], "given twice"),
         (["checkpoint=c", "hello"], "is not key=value"),
         (["checkpoint=c", "prompt=x", "samples=0"], "samples=0"),
+        (["checkpoint=c", "prompt=x", "seed=-1"], "seed=-1"),
+        (["checkpoint=c", "prompt=x", "samples=2", f"seed={2**63 - 1}"], "seeds are 0 to"),
+        (["checkpoint=c", "prompt=x", "top_p=0"], "top_p=0.0"),  # before a model is read
+        (["checkpoint=c", "prompt=x", "end_think=stop"], "think_budget=N"),
+        (["checkpoint=c", b"prompt=\xff".decode("utf-8", "surrogateescape")], "prompt .*is not UTF-8"),
         (["checkpoint=c", "prompt=x", "stop_at_eod=perhaps"], "stop_at_eod"),
     ],
 )

@@ -119,6 +119,20 @@ def test_the_generator_decides_the_draws() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)  # the global generator is left alone
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e308])
+def test_any_temperature_gives_a_distribution(temperature: float) -> None:
+    found = distribution(torch.tensor([-9.0, 4.0, 3.0]), Sampling(temperature=temperature, top_p=1))
+    wanted = [0.0, 1.0, 0.0] if temperature < 1 else [1 / 3] * 3
+    assert found.tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_model_is_said_to_be_one(value: float, temperature: float) -> None:
+    with pytest.raises(UserError, match="not finite"):
+        distribution(torch.tensor([0.0, value]), Sampling(temperature=temperature))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

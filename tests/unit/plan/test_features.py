@@ -29,6 +29,7 @@ def test_one_gpu() -> None:
     assert found["modules"].state.startswith("Transformer Engine")
     assert found["experts"].state.startswith("one grouped product")
     assert found["tokens to experts"].state == "none travels"
+    assert found["choice of experts"].state == "torch's operations"
     assert found["CUDA graph"] == Feature("CUDA graph", "forward and backward pass, from the third step on")
     assert found["gradients"].state == found["parameters"].state == "one replica"
 

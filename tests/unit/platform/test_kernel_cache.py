@@ -44,6 +44,19 @@ def test_the_libraries_own_variables_win(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "nemotron3_megatron" / "inductor")
 
 
+@pytest.mark.parametrize("home", ["/proc", "/dev/null"])
+def test_a_home_that_cannot_be_written_stops_nobody(home: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = use_kernel_cache()
+    assert folder.parent == tmp_path
+    assert os.access(folder, os.W_OK)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+
+
 def test_each_compiled_kernel_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
     listener = CompilationLog()
     logger = logging.getLogger("nemotron3_megatron.platform.kernel_cache")

@@ -110,6 +110,19 @@ def test_a_hang_leaves_the_stack_of_every_rank(tmp_path: Path) -> None:
     assert native(tmp_path, 1).startswith(("native stacks (", "no native stacks: "))
 
 
+@pytest.mark.parametrize(("what", "code"), [("hangs", 1), ("holds", -signal.SIGKILL)])
+def test_a_hang_ends_when_nobody_reads_stderr(tmp_path: Path, what: str, code: int) -> None:
+    """Whoever has to speak before it ends the rank, the watch or the process beside it."""
+    reader, stderr = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", RANK, str(tmp_path), "0", what]
+    with subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr) as process:
+        os.close(stderr)
+        assert process.wait(timeout=90) == code
+    assert cause(tmp_path).kind == "hang"
+
+
 def native(folder: Path, rank: int) -> str:
     return (folder / "stacks" / "1" / f"rank_{rank:05d}_native.txt").read_text()
 

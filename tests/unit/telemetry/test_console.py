@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
+import pytest
 from rich.console import Console as Terminal
 
 from nemotron3_megatron.config import Run
@@ -91,3 +95,36 @@ def test_resuming_is_said(run: Run) -> None:
     file = io.StringIO()
     Console(run, Terminal(file=file, width=80)).resumed(98)
     assert file.getvalue() == f"resumed at step 98/{run.total_steps} (401k of 2.00M tokens)\n"
+
+
+_TWO_STEPS = """
+import dataclasses, sys
+from nemotron3_megatron.config import compose, resolve
+from nemotron3_megatron.logs import start_logging
+from nemotron3_megatron.telemetry import EvalRecord
+from nemotron3_megatron.telemetry.console import Console
+start_logging()
+console = Console(resolve(compose(["recipe=tiny"])[0], 2))
+for number in (1, 2):
+    console.write_eval(EvalRecord(step=number, tokens=number, stage="main", validation_loss=3.0))
+print("goes on", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("lost", ["its reader has gone", "its disk is full"])
+def test_a_run_outlives_its_stdout(lost: str) -> None:
+    """A pager that was left, a dead tee, a full disk: one warning, no exception, no status 120 at Python's end."""
+    if lost == "its disk is full":
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stdout = os.pipe()
+        os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TWO_STEPS], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(stdout)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("stdout failed") == 1
+    assert done.stderr.endswith("goes on\n")

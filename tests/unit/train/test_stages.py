@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from nemotron3_megatron.config import Recipe, compose, resolve
 from nemotron3_megatron.config.duration import Duration
+from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.recipe import ParallelConfig, StageConfig
 from nemotron3_megatron.train.callbacks.base import StepEvent, Stop
 from nemotron3_megatron.train.callbacks.samples import drop_lines_after
 from nemotron3_megatron.train.optimizer import Update
-from nemotron3_megatron.train.stages import BOUNDARIES, Boundaries
+from nemotron3_megatron.train.stages import BOUNDARIES, Boundaries, check_continues, warn_of_rate
 from nemotron3_megatron.train.step import StepResult
 
 
@@ -66,6 +69,29 @@ def test_reports_reach_over_starts_and_are_not_doubled(tmp_path: Path) -> None:
     assert (change["before"]["layout"], change["after"]["layout"]) == ("tp1 cp1 pp1 ep2 dp2", "tp1 cp2 pp1 ep1 dp1")
     assert (change["before"]["tokens"], change["after"]["tokens"]) == (4096, 5120)
     assert (change["before"]["seq_length"], change["after"]["seq_length"]) == (64, 256)
+
+
+def test_stages_that_count_other_tokens_until_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    """A batch changed for steps that are done would move the run along its schedule; later ones may change."""
+    recipe = curriculum(tmp_path)
+    done = StageConfig(tokens=Duration(1, "steps"), seq_length=64, batch_tokens=1024)
+    larger = replace(done, batch_tokens=2048)
+    source = tmp_path / "step_00000001"
+    for stages, fits in (({"one": done, "rest": larger}, True), ({"one": larger}, False), ({"rest": larger}, False)):
+        run = resolve(replace(recipe, stages=stages), 2)
+        with nullcontext() if fits else pytest.raises(UserError, match=r"seen 1,024 tokens .* count 2,048 "):
+            check_continues(run, source, 1, 1024)
+
+
+def test_a_learning_rate_that_jumps_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = curriculum(tmp_path)
+    state = {"last_step": {"step": 3, "lr": recipe.optimizer.lr}}
+    for harmless in ({"last_step": None}, {}, state):
+        warn_of_rate(resolve(recipe, 2), harmless)
+    assert not caplog.records
+    slower = replace(recipe, optimizer=replace(recipe.optimizer, lr=recipe.optimizer.lr / 2))
+    warn_of_rate(resolve(slower, 2), state)
+    assert "that of step 3 was 0.003, and would be 0.0015" in caplog.text
 
 
 def test_a_torn_line_is_dropped_with_those_after_a_step(tmp_path: Path) -> None:

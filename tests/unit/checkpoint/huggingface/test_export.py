@@ -122,7 +122,9 @@ def test_verbs(every_kind: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(list(hf.glob("model-*"))) > 1
     for arguments, message in (
         (["export", f"checkpoint={every_kind.path}"], "out"),
-        (["export", f"checkpoint={every_kind.path.parents[1]}", "out=x"], "is a run directory"),
+        (["export", f"checkpoint={every_kind.path.parents[1]}", "out=x"], f"checkpoint={every_kind.path}"),
+        (["export", f"checkpoint={every_kind.path.parent}", "out=x"], f"checkpoint={every_kind.path}"),
+        (["export", "checkpoint=nowhere", "out=x"], "there is no such directory"),
         (["export", f"checkpoint={every_kind.path}", "out=x", "shard_gb=none"], "not a positive number"),
         (["export", f"checkpoint={every_kind.path}", "out=x", "format=quantised"], "quantises nothing"),
         (["export", f"checkpoint={every_kind.path}", "out=x", "out=y"], "given twice"),

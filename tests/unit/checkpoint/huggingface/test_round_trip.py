@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from saved_models import EVERY_KIND, Save, Saved, last_of_each
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
@@ -116,4 +116,26 @@ def test_other_files_are_refused(every_kind: Saved, tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(UserError, match="not a readable safetensors file"):
         import_model(exported, every_kind.recipe, tmp_path / "out")
+    for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}'):
+        (exported / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match="is not the index"):
+            import_model(exported, every_kind.recipe, tmp_path / "out")
+    for text in ("{", "[1]", "null"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="cannot be read"):
+            import_model(tmp_path, every_kind.recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_keep_their_type_whatever_the_recipe_says(every_kind: Saved, tmp_path: Path) -> None:
+    """And ``config.json`` names it: transformers loads a model in that type."""
+    exported = export_model(every_kind.path, tmp_path / "hf")
+    shard = next(exported.glob("model-*.safetensors"))
+    tensors = load_file(shard)
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, shard)
+    back = export_model(import_model(exported, every_kind.recipe, tmp_path / "in"), tmp_path / "back")
+    assert {tensor.dtype for tensor in files_of(back).values()} == {torch.float64}
+    assert json.loads((back / "config.json").read_text())["torch_dtype"] == "float64"
+    save_file({name: tensor.long() for name, tensor in tensors.items()}, shard)
+    with pytest.raises(UserError, match="has type I64, weights have one of"):
+        import_model(exported, every_kind.recipe, tmp_path / "out")

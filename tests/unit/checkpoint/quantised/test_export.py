@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from saved_models import save_model
 from torch import Tensor
 
+from nemotron3_megatron.checkpoint import manifest
 from nemotron3_megatron.checkpoint.huggingface import export_model, import_model
 from nemotron3_megatron.checkpoint.huggingface.shards import ShardReader
 from nemotron3_megatron.checkpoint.quantised.read import read_linear
@@ -145,7 +147,8 @@ def test_inputs_observed_in_training_make_their_scale(published_plan: Any, tmp_p
         return json.dumps({"step": step, "precision": [found]})
 
     lines = [sample(1, 5.0), sample(5, 3.5), sample(6, 9.0, tensor="weight"), '{"step": 7}', sample(8, 2.0)]
-    (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    torn = '{"step": 6, "precision": [{"mod'  # the job was killed here, and went on
+    (copy / "metrics.jsonl").write_text("\n".join([lines[0], torn, *lines[1:], torn]))
     out = export_model(copy / "checkpoints" / "step_00000007", tmp_path / "hf", number_format="quantised")
     files = files_of(out)
     scales = {name: tensor for name, tensor in files.items() if name.endswith("input_scale")}
@@ -164,3 +167,35 @@ def test_refused(published_plan: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="quantises nothing"):
         export_model(plain.path, tmp_path / "hf", number_format="quantised")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_run_that_went_on_under_another_plan(published_plan: Any, tmp_path: Path) -> None:
+    """``run.json`` has the plan of the latest start, the checkpoint the fingerprint of its own."""
+    copy = tmp_path / "run"
+    shutil.copytree(published_plan.saved.path.parents[1], copy)
+    path, plan = copy / "checkpoints" / "step_00000007", published_plan.saved.run.precision_plan
+    saved = manifest.read(path)
+
+    def trained_under(fingerprint: str) -> Path:
+        precision = {"name": "mxfp8", "fingerprint": fingerprint}
+        manifest.write(replace(saved, state={**saved.state, "precision": precision}), path)
+        return export_model(path, tmp_path / fingerprint, number_format="quantised")
+
+    trained_under(plan.fingerprint)
+    with pytest.raises(UserError, match=r"another precision plan \(mxfp8\)"):
+        trained_under("another")
+
+
+def test_the_warning_about_cut_weights_is_of_the_checkpoint_s_layout(
+    published_plan: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``run.json`` has the layout of the latest start."""
+    copy = tmp_path / "run"
+    shutil.copytree(published_plan.saved.path.parents[1], copy)
+    path = copy / "checkpoints" / "step_00000007"
+    saved = manifest.read(path)
+    export_model(path, tmp_path / "whole", number_format="quantised")
+    assert "each part of a weight" not in caplog.text
+    manifest.write(replace(saved, layout={**saved.layout, "tp": 2}), path)
+    export_model(path, tmp_path / "cut", number_format="quantised")
+    assert "trained with tp=2" in caplog.text

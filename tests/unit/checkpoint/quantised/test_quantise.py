@@ -83,7 +83,10 @@ def test_small_numbers_are_read_as_people_write_them() -> None:
     assert (options.distil_lr, options.shard_gb, options.settings) == (1e-5, 2.0, "nvfp4")
 
 
-@pytest.mark.parametrize("wrong", ["sequences=0", "distil_steps=-1", "distil_lr=0", "settings=int4", "search=best"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["sequences=0", "distil_steps=-1", "distil_lr=0", "distil_lr=1", "distil_batch=4", "settings=int4", "search=best"],
+)
 def test_wrong_options_are_refused(wrong: str) -> None:
     with pytest.raises(UserError, match=wrong.split("=")[0]):
         verb.quantise_main(["checkpoint=a", "out=b", wrong])

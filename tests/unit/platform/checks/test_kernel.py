@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemotron3_megatron.platform.checks import attention, experts, kernel, linears, mamba, vocabulary
+from nemotron3_megatron.platform.checks import attention, experts, kernel, linears, mamba, router, vocabulary
 from nemotron3_megatron.platform.checks.kernel import BEFORE, Draw, KernelFamily, bound, relative_distance
 from nemotron3_megatron.platform.checks.outcome import Outcome, UnavailableError
 
@@ -24,6 +24,7 @@ FAMILIES = {
     "row linear": linears.ROW_LINEAR,
     "attention": attention.ATTENTION,
     "attention of documents": attention.DOCUMENT_ATTENTION,
+    "router": router.ROUTER,
     "grouped product": experts.GROUPED_PRODUCT,
     "squared ReLU": experts.WEIGHTED_SQUARED_RELU,
     "convolution": mamba.CONVOLUTION,
