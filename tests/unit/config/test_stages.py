@@ -121,7 +121,7 @@ def test_a_ramp_up_takes_equal_parts_of_its_tokens() -> None:
 
 
 def test_intervals_in_tokens_follow_each_stages_batch() -> None:
-    """1,024 tokens in each of 4 steps, then 4,096: multiples of 3,072 are passed after 3,072 and after 8,192 to 20,480."""
+    """1,024 tokens in each of 4 steps, then 4,096: multiples of 3,072 are passed at 3,072 and from 8,192 on."""
     run = resolve(with_stages(a=stage("4 steps"), b=stage("4 steps", batch_tokens=4096)), 2)
     assert [run.tokens_at(step) for step in (0, 4, 8)] == [0, 4096, 20480]
     assert [step for step in range(1, 9) if run.is_due(Duration.parse("3072 tokens"), step)] == [3, 5, 6, 7, 8]
