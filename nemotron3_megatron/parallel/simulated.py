@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
 from torch.overrides import _get_current_function_mode_stack
@@ -54,10 +57,24 @@ def simulated_world(run: Run, rank: int) -> Iterator[tuple[SimulatedPlatform, Pr
     torch.distributed.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         groups = start_groups(run, platform)
-        with _META, _current_device_is_meta():
+        with _megatrons_globals_come_back(), _META, _current_device_is_meta():
             yield platform, groups
     finally:
         stop_groups()
+
+
+@contextmanager
+def _megatrons_globals_come_back() -> Iterator[None]:
+    """The tensors that Megatron-Core keeps for a process: without values they would end the next model's passes."""
+    scaled = (MoEAuxLossAutoScaler, MTPLossAutoScaler)
+    before = [each.main_loss_backward_scale for each in scaled]
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # else it is written into
+    try:
+        yield
+    finally:
+        destroy_moe_metrics_tracker()
+        for each, scale in zip(scaled, before, strict=True):
+            each.main_loss_backward_scale = scale
 
 
 @contextmanager

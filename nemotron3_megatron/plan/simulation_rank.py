@@ -54,7 +54,7 @@ def simulate(run: Run, rank: int, *, steps: bool = True) -> RankReport:
     Returns:
         What was found; an error of any phase ends the simulation and is part of the report.
     """
-    run = replace(run, model=replace(run.model, spec="torch"))
+    run = replace(run, model=replace(run.model, spec="torch", moe_router_fusion=False))
     report = RankReport(rank=rank, groups={}, seconds={})
     seconds: dict[str, float] = {}
     begun = monotonic()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe import moe_logging, moe_utils, router
+from megatron.core.transformer.moe import moe_utils, router
 from torch import Tensor
 
 from nemotron3_megatron.config.recipe import ModelConfig
@@ -62,7 +62,6 @@ def test_fused_choices_train_as_the_others(
 
 def _passed(layer: Any, hidden: Tensor) -> dict[str, Tensor]:
     hidden = hidden.clone().requires_grad_()
-    moe_logging.destroy_moe_metrics_tracker()  # its tensors are those of whatever model this process trained last
     layer.weight.grad = None
     layer.local_tokens_per_expert.zero_()
     losses: list[Tensor] = []
@@ -77,7 +76,6 @@ def _passed(layer: Any, hidden: Tensor) -> dict[str, Tensor]:
         patch.setattr(router.TopKRouter, "attach_and_log_load_balancing_loss", keep)
         gates, routes = layer(hidden)
     (gates * torch.linspace(-1, 1, gates.numel()).view_as(gates)).sum().backward()
-    moe_logging.destroy_moe_metrics_tracker()
     (loss,) = losses
     found = {"gates": gates.detach(), "routes": routes, "loss": loss, "counts": layer.local_tokens_per_expert.clone()}
     return found | {"input": hidden.grad, "weight": layer.weight.grad.clone()}

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from nemotron3_megatron.cli import main
 from nemotron3_megatron.config import Run, UserError, compose, resolve
@@ -80,6 +82,14 @@ def test_a_plan_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [text.partition(":")[0] for text in report.differences] == ["weights", "gradients", "optimizer"]
     monkeypatch.undo()
     assert simulate(run, 1, steps=False).is_sound
+
+
+def test_another_model_can_follow_in_the_process() -> None:
+    """Megatron-Core's globals get no tensors without values; what only Transformer Engine has is left out."""
+    before = MoEAuxLossAutoScaler.main_loss_backward_scale
+    assert simulate(tiny(2, "model.moe_router_fusion=true"), 0).is_sound
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale is before
+    assert not get_moe_metrics_tracker().metrics
 
 
 def test_an_error_is_reported_with_its_phase() -> None:
