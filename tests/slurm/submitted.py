@@ -96,8 +96,12 @@ class Submitted:
 
     def next_job(self, after: str) -> str:
         """Wait for the job that follows; its number."""
-        self.when(lambda: self.lab.jobs()[-1] != after, f"a job after {after}")
-        return self.lab.jobs()[-1]
+        self.when(lambda: bool(self._after(after)), f"a job after {after}")
+        return self._after(after)[-1]
+
+    def _after(self, number: str) -> list[str]:
+        """Later jobs; Slurm forgets ended ones after a while, ``number`` too."""
+        return [job for job in self.lab.jobs() if int(job) > int(number)]
 
     def rank(self, number: int) -> psutil.Process:
         """The process of a rank."""
