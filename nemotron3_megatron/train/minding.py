@@ -92,7 +92,7 @@ def mind(trainer: Trainer, watch: Watch, store: CheckpointStore) -> Minding:
     judge = StepJudge(run.resilience, rollback, incidents)
     faults = parse_faults(run.debug.fault)
     health_every = run.telemetry.health_every
-    measured = HealthTelemetry(health_every, trainer) if health_every else None
+    measured = HealthTelemetry(partial(run.is_due, health_every), trainer) if health_every else None
     first: list[Callback] = [Watchdog(run, watch)]
     if faults:
         first.append(Faults(faults, run, rank, [chunk.decoder for chunk in trainer.chunks]))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
-from nemotron3_megatron.config.duration import Duration
 from nemotron3_megatron.telemetry.records import Health
 from nemotron3_megatron.train.callbacks.base import Callback, Progress, StepEvent
 from nemotron3_megatron.train.diagnostics import Diagnostics, require_float32_gradients
@@ -14,10 +12,10 @@ from nemotron3_megatron.train.step import Trainer
 
 
 class HealthTelemetry(Callback):
-    """Measures the first step of a run and every ``every``; stands before ``Recording``, which takes the record."""
+    """Measures the first step of a run and those that are due; stands before ``Recording``, which takes the record."""
 
-    def __init__(self, every: Duration, trainer: Trainer) -> None:
-        self._is_due = partial(trainer.run.is_due, every)
+    def __init__(self, due: Callable[[int], bool], trainer: Trainer) -> None:
+        self._is_due = due
         self._trainer = trainer
         self._diagnostics = Diagnostics(trainer)
         self._found: Health = {}

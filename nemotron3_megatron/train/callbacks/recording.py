@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from nemotron3_megatron.config.run import Run, Shape
 from nemotron3_megatron.plan.counts import flops_per_token
@@ -103,9 +102,8 @@ class Validation(Callback):
     def __init__(
         self, run: Run, evaluate: Evaluate, writers: Sequence[Writer], *, health: Callable[[], Health] = dict
     ) -> None:
-        every = run.telemetry.eval_every if run.data.validation else None
-        self._due = partial(run.is_due, every)
-        self._measures_last = every is not None
+        self._every = run.telemetry.eval_every if run.data.validation else None
+        self._is_due = run.is_due
         if run.telemetry.eval_every and not run.data.validation:
             _log.warning("no held-out loss: telemetry.eval_every is set, but data.validation is empty")
         self._evaluate = evaluate
@@ -113,7 +111,7 @@ class Validation(Callback):
         self._writers = writers
 
     def step_done(self, event: StepEvent) -> None:
-        if not (self._due(event.step) or (event.last and self._measures_last)):
+        if self._every is None or not (event.last or self._is_due(self._every, event.step)):
             return
         losses = self._evaluate(event)
         main, *depths = losses.depths
