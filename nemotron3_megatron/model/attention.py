@@ -122,18 +122,26 @@ class DocumentAttention(nn.Module):
         **unused: object,
     ) -> Tensor:
         """query (S, B, N, D), key and value (S, B, K, D) -> (S, B, N * D)."""
-        cp_size = self.cp_group.size()
-        if cp_size > 1:
-            key = gather_sequence(key, self.cp_group)
-            value = gather_sequence(value, self.cp_group)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if cp_size == 1 and packed_seq_params is None:
-            out = _attend(q, k, v, None, self.scale)
-        else:
-            slices = zigzag_slices(key.shape[0], self.cp_group.rank(), cp_size)
-            starts = None if packed_seq_params is None else document_starts(packed_seq_params.seq_idx)
-            out = attention_in_blocks(q, k, v, starts, slices, self.scale)
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        documents = None if packed_seq_params is None else packed_seq_params.seq_idx
+        return document_attention(query, key, value, documents, self.cp_group, self.scale)
+
+
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, cp_group: ProcessGroup, scale: float | None
+) -> Tensor:
+    """What :class:`DocumentAttention` computes; documents (B, G), None: one."""
+    cp_size = cp_group.size()
+    if cp_size > 1:
+        key = gather_sequence(key, cp_group)
+        value = gather_sequence(value, cp_group)
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    if cp_size == 1 and documents is None:
+        out = _attend(q, k, v, None, scale)
+    else:
+        slices = zigzag_slices(key.shape[0], cp_group.rank(), cp_size)
+        starts = None if documents is None else document_starts(documents)
+        out = attention_in_blocks(q, k, v, starts, slices, scale)
+    return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
 def attention_in_blocks(

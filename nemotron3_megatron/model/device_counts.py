@@ -76,6 +76,8 @@ class DeviceCountsLinear:
 
     takes_ends = True
     """Cumulative counts, where Megatron-Core's linears take counts."""
+    spare_rows = True
+    """The last rows may be nobody's: they are neither read nor written."""
     announces_gradients = True
     """To DDP's hooks, through autograd, an expert at a time: only a reduction beside the backward pass needs that."""
 

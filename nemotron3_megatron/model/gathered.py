@@ -4,8 +4,12 @@ An all-to-all sends a token to each of its top-k experts, and sizes what it send
 first. Among few ranks it is less to send each token once to every rank (ranks - 1 rows a token against
 top-k (ranks - 1) / ranks), and nothing has to be known before: tokens are under way while the router and the shared
 experts' first linear compute. Each rank sorts out the rows of its own experts and their outputs are summed on the way
-back, beside the shared experts' second linear; the gradients travel beside the same linears' backward passes. The CPU
-waits once a layer, for the number of its rows, with a shared linear already queued on the GPU.
+back, beside the shared experts' second linear; the gradients travel beside the same linears' backward passes.
+
+The CPU does not know how many rows a layer's experts get until the GPU has computed it. Kernels that read their counts
+on the GPU leave rows alone that are too many: so there is room for as many as before and some more
+(``row_forecast.py``), the whole layer is launched, and only then does the CPU wait for the number, with the experts
+queued on the GPU. Were there more rows than room, none was taken, and the experts are launched again.
 
 Shapes: T tokens of a rank, R ranks, E experts of a rank, H width of the rows that experts take.
 """
@@ -24,6 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemotron3_megatron.model.moe import TorchMoELayer
+from nemotron3_megatron.model.row_forecast import RowForecast
 from nemotron3_megatron.platform.transfer import read_later
 
 NOT_ROUTED = -1.0
@@ -36,6 +41,7 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
     def __init__(self, local_expert_indices: list[int], *, config: Any, pg_collection: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.local_expert_indices = local_expert_indices
+        self.forecast = RowForecast(config.moe_router_topk)
 
     def send(self, tokens: Tensor) -> None:
         """Start gathering tokens (S, B, H)."""
@@ -50,6 +56,28 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         self._gates = received.flatten(0, 1)
         self.routes = self._gates.detach() >= 0
         self._counts, self._rows = self.count_rows(self.routes)
+        self._all = self.routes, self._counts
+        self._room: int | None = None
+
+    def make_room(self) -> None:
+        """Go on before the number of rows is known on the CPU; :meth:`had_room` is to be asked."""
+        self._room = self.forecast.room(self._tokens())
+        fits = self._counts.sum() <= self._room
+        self.routes, self._counts = self.routes & fits, self._counts * fits  # kernels do not look for a buffer's end
+
+    def had_room(self) -> bool:
+        """Whether all rows were taken. If not none was, but there is room now. The CPU waits for the number of rows."""
+        if self._room is None:
+            return True
+        rows = self._rows()
+        self.forecast.learn(rows, self._tokens())
+        if rows <= self._room:
+            return True
+        (self.routes, self._counts), self._room = self._all, None
+        return False
+
+    def _tokens(self) -> int:
+        return len(self.routes) // int(self.ep_size)
 
     def receive(self) -> tuple[Tensor, Tensor]:
         """Gathered tokens (R * T, H) and their gates (R * T, E), which are not kept here."""
@@ -58,13 +86,16 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         return gathered, gates
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of this rank's experts in the order of experts, their counts (E,) and their gates."""
+        """The rows of this rank's experts in the order of experts, their counts (E,) and their gates.
+
+        After :meth:`make_room` more rows than that, the last ones undefined; without it the CPU waits for their number.
+        """
         self._gathered_shape = hidden_states.shape
         rows, gates, self._order, _, _ = permute(
             hidden_states,
             self.routes,
             probs=probs,
-            num_out_tokens=self._rows(),
+            num_out_tokens=self._rows() if self._room is None else self._room,
             fused=self.config.moe_permute_fusion,
         )
         return rows, self._counts, gates
@@ -121,12 +152,23 @@ class GatheringExperts:
         latent = self.config.moe_latent_size is not None
         dispatcher.send(self.fc1_latent_proj(hidden_states)[0] if latent else hidden_states)
         dispatcher.send_routes(*self.route(hidden_states, padding_mask))
+        if self.leaves_spare_rows_alone():
+            dispatcher.make_room()
         shared = self.begin_shared(hidden_states)
-        output, _ = self.routed_experts_compute(*dispatcher.receive())
-        received = dispatcher.send_back(output)
+        received = dispatcher.receive()
+        output, _ = self.routed_experts_compute(*received)
+        if not dispatcher.had_room():
+            output, _ = self.routed_experts_compute(*received)
+        del received
+        summed = dispatcher.send_back(output)
         shared_output = shared()
-        combined: Tensor = self.postprocess(received(), shared_output)
+        combined: Tensor = self.postprocess(summed(), shared_output)
         return combined
+
+    def leaves_spare_rows_alone(self: Any) -> bool:
+        """Whether sorting and experts read on the GPU how many rows there are."""
+        linears = (getattr(self.experts, name, None) for name in ("linear_fc1", "linear_fc2"))
+        return self.config.moe_permute_fusion and all(getattr(each, "spare_rows", False) for each in linears)
 
     def begin_shared(self: Any, hidden_states: Tensor) -> Callable[[], Tensor | None]:
         """The shared experts' first linear; the function returned does the rest (all, where they are recomputed)."""

@@ -189,7 +189,7 @@ def _parts(x: Tensor, counts: Sequence[int] | Tensor | None) -> list[Tensor]:
     if counts is None:
         return [flat]
     sizes = counts.tolist() if isinstance(counts, Tensor) else list(counts)
-    return [part for part in flat.split(sizes) if len(part)]
+    return [part for part in flat[: sum(sizes)].split(sizes) if len(part)]  # the last rows may be nobody's
 
 
 def _amax_group(module: nn.Module) -> dict[operands.Tensor, torch.distributed.ProcessGroup]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -65,3 +66,38 @@ def test_shared_linears_run_beside_each_collective(latent: int | None) -> None:
     ]
     for found in run_ranks(order, 2, latent=latent):
         assert found == [event for events in travelling for event in events]
+
+
+def without_room() -> tuple[list[float], list[float], int]:
+    """Losses of two steps with the number of rows known, and with room for none of them; expert layers tried twice."""
+    from layouts import batches, started
+
+    from nemotron3_megatron.model.row_forecast import RowForecast
+    from nemotron3_megatron.train.step import train_step
+
+    world = {"ep": 2, "dispatcher": "allgather", "stack": "ME", "mtp_depths": 0}
+    losses: list[list[float]] = []
+    again = 0
+    had_room = gathered.GatherDispatcher.had_room
+
+    def counted(self: Any) -> bool:
+        nonlocal again
+        fits = had_room(self)
+        again += not fits
+        return fits
+
+    for port, forced in enumerate((False, True), start=int(os.environ["MASTER_PORT"])):
+        os.environ["MASTER_PORT"] = str(port)
+        with pytest.MonkeyPatch.context() as patch, started(world) as trainer:
+            patch.setattr(gathered.GatheringExperts, "leaves_spare_rows_alone", lambda _, forced=forced: forced)
+            patch.setattr(RowForecast, "room", lambda *_: 0)
+            patch.setattr(gathered.GatherDispatcher, "had_room", counted)
+            results = [train_step(trainer, batches(trainer, i), trainer.run.stages[0], 1e-3) for i in range(2)]
+            losses.append([value for result in results for value in (*result.losses, result.update.grad_norm)])
+    return losses[0], losses[1], again
+
+
+def test_experts_without_room_for_their_rows_are_launched_again() -> None:
+    for waiting, again, times in run_ranks(without_room, 2):
+        assert again == waiting
+        assert times > 0

@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from nemotron3_megatron.model.attention import gather_sequence, zigzag_slices
+from nemotron3_megatron.model.attention import document_attention, gather_sequence, zigzag_slices
 from nemotron3_megatron.model.device_counts import (
     DeviceCountsColumnLinear,
     DeviceCountsGroupedMLP,
@@ -59,6 +59,9 @@ class DocumentTEAttention(TEDotProductAttention):  # type: ignore[misc]
         if packed_seq_params is None:
             plain: Tensor = super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, **kwargs)
             return plain
+        if self.cp_group is not None and query.dtype == torch.float32:
+            # No kernel takes it, and Transformer Engine's own torch code wants as many queries as keys.
+            return document_attention(query, key, value, packed_seq_params.seq_idx, self.cp_group, None)
         if self.cp_group is not None:
             keys, values = (gather_sequence(each, self.cp_group) for each in (key, value))
             slices = zigzag_slices(len(keys), self.cp_group.rank(), self.cp_group.size())

@@ -75,5 +75,6 @@ def _install(module: Any, row: PlanRow, backend: Literal["native", "emulated"]) 
         module.finish_init(None)
         local = isinstance(module, DeviceCountsLinear)
         module.forward = (EmulatedDeviceCountsForward if local else EmulatedGroupedForward)(module, row.gemms)
+        module.spare_rows = False  # they would be quantised
     else:
         module.finish_init(quantization_config(row.format, row.gemms, backend))
