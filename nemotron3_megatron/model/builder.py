@@ -60,7 +60,9 @@ def build_model(
             vp_stage=stage,
         )
         _let_repeated_layers_add_up(chunk)
-        _prepare_grouped_linears(chunk, announce_gradients=run.parallel.overlap_grad_reduce)
+        for module in chunk.modules():
+            if hasattr(module, "list_weights_backwards"):
+                module.list_weights_backwards()
         _keep_float32(chunk)
         chunk.to(platform.device)
         _initialize(chunk, run, groups)
@@ -140,14 +142,6 @@ def _let_repeated_layers_add_up(chunk: Nemotron3Model) -> None:
         for module in chunk.mtp.modules():
             if hasattr(module, "disable_parameter_transpose_cache"):
                 module.disable_parameter_transpose_cache = True
-
-
-def _prepare_grouped_linears(chunk: Nemotron3Model, *, announce_gradients: bool) -> None:
-    """See ``DeviceCountsLinear``."""
-    for module in chunk.modules():
-        if hasattr(module, "announces_gradients"):
-            module.announces_gradients = announce_gradients
-            module.list_weights_backwards()
 
 
 def _keep_float32(chunk: nn.Module) -> None:

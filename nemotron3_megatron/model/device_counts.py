@@ -10,7 +10,7 @@ Shapes: T rows sorted by expert, K inputs, N outputs, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,8 +78,9 @@ class DeviceCountsLinear:
     """Cumulative counts, where Megatron-Core's linears take counts."""
     spare_rows = True
     """The last rows may be nobody's: they are neither read nor written."""
-    announces_gradients = True
-    """To DDP's hooks, through autograd, an expert at a time: only a reduction beside the backward pass needs that."""
+    announce: Callable[[Sequence[nn.Parameter]], None] | None = None
+    """Tells DDP that these weights' gradients are complete, where it reduces them beside the backward pass. (Through
+    autograd, an expert at a time, that takes the CPU 45 microseconds a weight.)"""
 
     def list_weights_backwards(self: Any) -> None:
         """DDP lays parameters out from the last to the first: then the first expert comes first, and the weights of all
@@ -91,8 +92,9 @@ class DeviceCountsLinear:
         """Rows (T, K) and the cumulative counts (E,) int32 -> (T, N)."""
         weights = tuple(self._parameters[f"weight{i}"] for i in range(self.num_gemms))
         fused = self.fuse_wgrad_accumulation
-        silent = fused and not self.announces_gradients and x.requires_grad
-        y: Tensor = _GroupedProduct.apply(x, ends, fused, weights, *(() if silent else weights))  # type: ignore[no-untyped-call]
+        through_autograd = () if fused and x.requires_grad else weights
+        announce = None if through_autograd else self.announce
+        y: Tensor = _GroupedProduct.apply(x, ends, fused, announce, weights, *through_autograd)  # type: ignore[no-untyped-call]
         return y, None
 
 
@@ -109,11 +111,17 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, ends: Tensor, fused: bool, weights: Sequence[nn.Parameter], *announced: nn.Parameter
+        ctx: Any,
+        x: Tensor,
+        ends: Tensor,
+        fused: bool,
+        announce: Callable[[Sequence[nn.Parameter]], None] | None,
+        weights: Sequence[nn.Parameter],
+        *through_autograd: nn.Parameter,
     ) -> Tensor:
-        """``announced``: the weights, or none of them where autograd shall not know their gradients."""
+        """``through_autograd``: the weights, or none of them where autograd shall not know their gradients."""
         ctx.save_for_backward(x, ends)
-        ctx.fused, ctx.weights, ctx.announced = fused, weights, len(announced)
+        ctx.fused, ctx.announce, ctx.weights, ctx.through_autograd = fused, announce, weights, len(through_autograd)
         return torch._grouped_mm(x, _stacked(weights).transpose(1, 2), offs=ends)
 
     @staticmethod
@@ -121,15 +129,17 @@ class _GroupedProduct(torch.autograd.Function):
         x, ends = ctx.saved_tensors
         dy = gradients[0].contiguous()
         dx = torch._grouped_mm(dy, _stacked(ctx.weights), offs=ends) if ctx.needs_input_grad[0] else None
-        dw: Sequence[Tensor | None] = [None] * ctx.announced
-        if any(ctx.needs_input_grad[4:]) or not ctx.announced:
+        dw: Sequence[Tensor | None] = [None] * ctx.through_autograd
+        if any(ctx.needs_input_grad[5:]) or not ctx.through_autograd:
             product = torch._grouped_mm(dy.t(), x, offs=ends)
             if ctx.fused:
                 add_weight_gradients(product, ctx.weights)
-                dw = [placeholder(weight) for weight in ctx.weights[: ctx.announced]]
+                dw = [placeholder(weight) for weight in ctx.weights[: ctx.through_autograd]]
+                if ctx.announce is not None:
+                    ctx.announce(ctx.weights)
             else:
                 dw = product.unbind()
-        return dx, None, None, None, *dw
+        return dx, None, None, None, None, *dw
 
 
 def _stacked(weights: Sequence[nn.Parameter]) -> Tensor:

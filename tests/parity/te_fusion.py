@@ -40,7 +40,7 @@ def _gradients(
 
         chunk, steps = trainer.chunks[0], []
         for module in chunk.modules():
-            if hasattr(module, "announces_gradients"):  # all experts' weights are one tensor
+            if hasattr(module, "list_weights_backwards"):  # all experts' weights are one tensor
                 weights = [module.get_parameter(f"weight{i}") for i in range(module.num_gemms)]
                 assert (spacing(weights) or 0) >= weights[0].numel()
         if not repaired:

@@ -28,6 +28,11 @@ WORLDS: dict[str, dict[str, Any]] = {
     "fp32": {"options": {}, "policy": "{default: bf16}"},
     "fp32_mxfp8": {"options": {}, "policy": "{default: mxfp8}"},
     "bf16_device_counts": {"options": {"dtype": "bf16"}, "policy": "{default: bf16}", "device_counts": True},
+    "bf16_device_counts_overlapped": {
+        "options": {"dtype": "bf16", "overlap": True},
+        "policy": "{default: bf16}",
+        "device_counts": True,
+    },
     "bf16_nvfp4_device_counts": {"options": {"dtype": "bf16"}, "policy": NVFP4, "device_counts": True},
 }
 UNREPAIRED = {name: WORLDS[name] | {"repaired": False} for name in ("fp32", "fp32_mxfp8")}
