@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from nemotron3_megatron.config.experts import why_counts_on_cpu
+from nemotron3_megatron.config.experts import gathers_tokens, why_counts_on_cpu
 from nemotron3_megatron.config.run import Run
 
 
@@ -26,7 +26,7 @@ def why_no_graph(run: Run, *, spec: Literal["torch", "te"], backend: Literal["no
 
 
 def _obstacles(run: Run, spec: str, backend: str) -> dict[str, bool]:
-    layout, parallel = run.layout, run.parallel
+    layout = run.layout
     layers = run.model.pattern + run.model.mtp_pattern
     shapes = {(part.seq_length, part.micro_batch_size) for stage in run.own_stages for part in stage.shapes}
     observed = run.telemetry.precision_every is not None
@@ -38,9 +38,9 @@ def _obstacles(run: Run, spec: str, backend: str) -> dict[str, bool]:
         "attention is captured with isolated documents only (data.isolate_documents=true)": "*" in layers
         and not run.data.isolate_documents,
         "pipeline stages wait for each other": layout.pp > 1,
-        "collectives inside the passes (tp, cp, ep) are not captured": max(layout.tp, layout.cp, layout.ep) > 1,
-        "overlapped reduction of gradients starts collectives inside the backward pass": parallel.overlap_grad_reduce,
-        "parameters are gathered inside the forward pass": parallel.overlap_param_gather,
+        "collectives inside the passes (tp, cp) are not captured": max(layout.tp, layout.cp) > 1,
+        "what ranks exchange by alltoall is known on the CPU only after a wait "
+        "(parallel.moe_token_dispatcher_type=allgather waits for nothing)": layout.ep > 1 and not gathers_tokens(run),
         "faults are injected from Python (debug.fault)": bool(run.debug.fault),
         "emulated rounding draws its random numbers from the CPU": backend == "emulated",
         "what quantisation loses is observed from Python (telemetry.precision_every)": backend != "none" and observed,

@@ -9,7 +9,8 @@ back, beside the shared experts' second linear; the gradients travel beside the 
 The CPU does not know how many rows a layer's experts get until the GPU has computed it. Kernels that read their counts
 on the GPU leave rows alone that are too many: so there is room for as many as before and some more
 (``row_forecast.py``), the whole layer is launched, and only then does the CPU wait for the number, with the experts
-queued on the GPU. Were there more rows than room, none was taken, and the experts are launched again.
+queued on the GPU. Were there more rows than room, none was taken, and the experts are launched again. In a CUDA graph
+nobody can wait: whether there was room is noted on the GPU and asked after the step (``rooms.py``).
 
 Shapes: T tokens of a rank, R ranks, E experts of a rank, H width of the rows that experts take.
 """
@@ -29,7 +30,7 @@ from torch.distributed import ProcessGroup
 
 from nemotron3_megatron.model.moe import TorchMoELayer
 from nemotron3_megatron.model.row_forecast import RowForecast
-from nemotron3_megatron.platform.transfer import read_later
+from nemotron3_megatron.platform.transfer import is_capturing, read_later
 
 NOT_ROUTED = -1.0
 """Gate of a token that did not choose an expert; a chosen expert's may be zero."""
@@ -42,6 +43,8 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         super().__init__(config=config, pg_collection=pg_collection)
         self.local_expert_indices = local_expert_indices
         self.forecast = RowForecast(config.moe_router_topk)
+        self.crowd: Tensor | None = None
+        """(2,) int64 of captured passes since it was zeroed: whether one had too little room, and the most rows."""
 
     def send(self, tokens: Tensor) -> None:
         """Start gathering tokens (S, B, H)."""
@@ -62,19 +65,31 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
     def make_room(self) -> None:
         """Go on before the number of rows is known on the CPU; :meth:`had_room` is to be asked."""
         self._room = self.forecast.room(self._tokens())
-        fits = self._counts.sum() <= self._room
+        total = self._counts.sum()
+        fits = total <= self._room
         self.routes, self._counts = self.routes & fits, self._counts * fits  # kernels do not look for a buffer's end
+        if self.crowd is None:
+            self.crowd = total.new_zeros(2)
+        if is_capturing():
+            self.crowd.copy_(torch.maximum(self.crowd, torch.stack([(~fits).to(total.dtype), total])))
 
     def had_room(self) -> bool:
-        """Whether all rows were taken. If not none was, but there is room now. The CPU waits for the number of rows."""
-        if self._room is None:
+        """Whether all rows were taken. If not none was, but there is room now. The CPU waits for the number of rows.
+
+        In a capture nobody knows: ``crowd`` tells.
+        """
+        if self._room is None or is_capturing():
             return True
         rows = self._rows()
-        self.forecast.learn(rows, self._tokens())
+        self.learn(rows)
         if rows <= self._room:
             return True
         (self.routes, self._counts), self._room = self._all, None
         return False
+
+    def learn(self, rows: int) -> None:
+        """Expect so many rows from now on."""
+        self.forecast.learn(rows, self._tokens())
 
     def _tokens(self) -> int:
         return len(self.routes) // int(self.ep_size)
@@ -124,6 +139,8 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
     def count_rows(self, routes: Tensor) -> tuple[Tensor, Callable[[], int]]:
         """Each expert's rows (E,), and a function for their sum, which waits for its copy to the CPU and no more."""
         counts = routes.sum(0)
+        if is_capturing():
+            return counts, _unknown
         total = read_later(counts.sum())
         return counts, lambda: int(total())
 
@@ -250,6 +267,10 @@ class _Finish(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ctx.exchange.begin(gradients[0], backward=True)
         return gradients[0], None  # of the form that _Start expects; what it returns was begun here
+
+
+def _unknown() -> int:
+    raise RuntimeError("the CPU cannot wait for the GPU inside a CUDA graph")
 
 
 def _gather(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Any]:

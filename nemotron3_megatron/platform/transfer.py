@@ -28,3 +28,8 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def is_capturing() -> bool:
+    """Whether what is launched becomes part of a CUDA graph; the CPU cannot wait for any of it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -2,7 +2,7 @@
 
 A step of a model slice is some thousand kernels of 50 microseconds; Python and its launches take as long again, and
 the GPU waits. A graph is launched once. It holds addresses, so inputs are copied into tensors of its own, and whatever
-decides by values on the CPU stays outside: counting tokens, reducing gradients, the update.
+decides by values on the CPU stays outside: counting tokens, the update.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.graphs import why_no_graph
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.model.builder import chosen_spec
+from nemotron3_megatron.model.rooms import Rooms, rooms_of
 from nemotron3_megatron.platform import Platform
 from nemotron3_megatron.precision.backend import Backend
 
@@ -37,7 +38,9 @@ class _Capture:
 class CapturedPasses:
     """Runs a function of tensors, from the third call on as a CUDA graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, rooms: Rooms) -> None:
+        """``rooms``: of the experts inside the function."""
+        self.rooms = rooms
         self.watched = False
         """Whether hooks look at the coming calls: a graph holds only what they did at its capture."""
         self._calls = 0
@@ -55,6 +58,7 @@ class CapturedPasses:
             Its result, which the next call overwrites.
         """
         self._calls += 1
+        self.rooms.watch()
         if self._calls <= EAGER_STEPS:
             return passes(list(inputs))
         kind = (self.watched, tuple(tensor.shape for tensor in inputs))
@@ -64,6 +68,13 @@ class CapturedPasses:
         torch._foreach_copy_(capture.inputs, list(inputs))
         capture.graph.replay()
         return capture.output
+
+    def make_room(self) -> None:
+        """After a call in which experts got more rows than a graph has room for: the next one is not replayed, and
+        the graphs are made anew after it."""
+        self.rooms.learn()
+        self._captures.clear()
+        self._calls = EAGER_STEPS - 1
 
     def _capture(self, passes: Callable[[list[Tensor]], Tensor], inputs: Sequence[Tensor]) -> _Capture:
         own = [tensor.clone() for tensor in inputs]
@@ -76,8 +87,10 @@ class CapturedPasses:
         return _Capture(graph, own, output)
 
 
-def captured_passes(run: Run, platform: Platform, backend: Backend) -> CapturedPasses | None:
-    """What ``parallel.cuda_graph`` means for this run on this machine; None: no graph.
+def captured_passes(
+    run: Run, platform: Platform, backend: Backend, chunks: Sequence[nn.Module]
+) -> CapturedPasses | None:
+    """What ``parallel.cuda_graph`` means for this run and model on this machine; None: no graph.
 
     Raises:
         UserError: a graph was asked for and is impossible.
@@ -86,7 +99,7 @@ def captured_passes(run: Run, platform: Platform, backend: Backend) -> CapturedP
     if platform.name == "cpu":
         obstacle = "there is no GPU"
     if not obstacle:
-        return CapturedPasses()
+        return CapturedPasses(rooms_of(chunks))
     if run.parallel.cuda_graph == "passes":
         raise UserError("parallel.cuda_graph=passes", why=obstacle, nearest="parallel.cuda_graph=auto")
     if platform.name == "cuda" and torch.distributed.get_rank() == 0:

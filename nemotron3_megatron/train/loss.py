@@ -48,6 +48,8 @@ class Losses:
     """Of the main prediction, then of each MTP depth; NaN where no token carries loss."""
     tags: Mapping[str, TagLoss] = field(default_factory=dict)
     """Main loss by tag of the sources, of those that were read; empty where the data has none."""
+    crowded: bool = False
+    """Experts got more rows than a CUDA graph had room for: neither losses nor gradients count."""
 
 
 def loss_weights(
@@ -95,19 +97,25 @@ def weighted_loss(
     return (sums * weights.scales).sum(), torch.zeros((), dtype=torch.int32, device=sums.device), reported
 
 
-def mean_losses(sums: Tensor, weights: LossWeights, tags: Sequence[str] = ()) -> Callable[[], Losses]:
+def mean_losses(
+    sums: Tensor, weights: LossWeights, tags: Sequence[str] = (), crowded: Tensor | None = None
+) -> Callable[[], Losses]:
     """Means from what ``weighted_loss`` reported, summed over the global batch (1 + D + T,), and the tags' names.
+
+    ``crowded``: () of ``rooms.py``, summed over all ranks; None: nobody lacked room.
 
     The function returned waits for them, not for what was launched since.
     """
     means = torch.where(weights.counts > 0, sums.double() / weights.counts, torch.nan)
-    table = read_later(torch.stack([means, weights.counts]))
+    lacked = torch.zeros_like(means) if crowded is None else crowded.to(means).expand_as(means)
+    table = read_later(torch.stack([means, weights.counts, lacked]))
 
     def read() -> Losses:
-        losses, tokens = table().tolist()
+        losses, tokens, without_room = table().tolist()
         first = len(losses) - len(tags)
         told = zip(tags, losses[first:], tokens[first:], strict=True)
-        return Losses(tuple(losses[:first]), {tag: TagLoss(loss, int(count)) for tag, loss, count in told if count})
+        by_tag = {tag: TagLoss(loss, int(count)) for tag, loss, count in told if count}
+        return Losses(tuple(losses[:first]), by_tag, crowded=any(without_room))
 
     return read
 

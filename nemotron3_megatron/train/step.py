@@ -91,16 +91,25 @@ def _attempt(trainer: Trainer, batches: list[MicroBatch], stage: Shape, lr: floa
     biases = {buffer: buffer.clone() for buffer in _expert_biases(trainer)}
     losses = accumulate_gradients(trainer, batches, stage)
     set_learning_rate(trainer.optimizer, lr)
-    judge = trainer.judge
     # Losses are read after the gradients' norm: the GPU has then not waited for the norm's launch.
-    refuse = None if judge is None else lambda: judge.refuse(losses().depths)
+    refuse = partial(_why_not, trainer, losses)
     outcome = update(trainer.updates, trainer.model, trainer.run.optimizer.clip_grad, refuse)
     for buffer, before in biases.items():
         # Megatron-Core moves the routers' biases with the gradients; a refused step must not move them either.
         if not outcome.applied or is_frozen(buffer):
             buffer.copy_(before)
     read = losses()
+    if read.crowded and trainer.captured is not None:
+        trainer.captured.make_room()
+        return _attempt(trainer, batches, stage, lr)
     return StepResult(read.depths, outcome, read.tags)
+
+
+def _why_not(trainer: Trainer, losses: Callable[[], Losses]) -> str:
+    """Why finite gradients must not move weights; empty: they may."""
+    if losses().crowded:
+        return "experts got more rows than a CUDA graph had room for"
+    return "" if trainer.judge is None else trainer.judge.refuse(losses().depths)
 
 
 def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Shape) -> Callable[[], Losses]:
@@ -113,8 +122,8 @@ def accumulate_gradients(trainer: Trainer, batches: list[MicroBatch], stage: Sha
         chunk.zero_grad_buffer()
     trainer.updates.forget()
     weights = _weights(trainer, batches)
-    sums = _run_schedule(trainer, batches, stage, weights, forward_only=False)
-    return mean_losses(sums, weights, _tags(trainer, batches))
+    sums, crowded = _run_schedule(trainer, batches, stage, weights, forward_only=False)
+    return mean_losses(sums, weights, _tags(trainer, batches), crowded)
 
 
 @torch.no_grad()
@@ -124,7 +133,7 @@ def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], stage: Shape) -> L
         chunk.eval()
     held_out = list(batches)
     weights = _weights(trainer, held_out)
-    sums = _run_schedule(trainer, held_out, stage, weights, forward_only=True)
+    sums, _ = _run_schedule(trainer, held_out, stage, weights, forward_only=True)
     for chunk in trainer.model:
         chunk.train()
     return mean_losses(sums, weights, _tags(trainer, held_out))()
@@ -157,19 +166,26 @@ def _weights(trainer: Trainer, batches: list[MicroBatch]) -> LossWeights:
 
 def _run_schedule(
     trainer: Trainer, batches: list[MicroBatch], stage: Shape, weights: LossWeights, *, forward_only: bool
-) -> Tensor:
-    """Run all micro-batches; returns the losses summed over the global batch (1 + D + T,) on every rank."""
+) -> tuple[Tensor, Tensor]:
+    """Run all micro-batches.
+
+    Returns:
+        On every rank, summed over all: the losses of the global batch (1 + D + T,), and () how many layers lacked room.
+    """
     inputs = [
         _model_inputs(trainer, batch, ends) for batch, ends in zip(batches, _boundaries(trainer, batches), strict=True)
     ]
     if trainer.captured is None or forward_only:
         sums = _passes(trainer, inputs, stage, weights, forward_only=forward_only)
+        crowded = sums.new_zeros(1)
     else:
         sums = _captured_passes(trainer, trainer.captured, inputs, stage, weights)
+        crowded = trainer.captured.rooms.crowded(sums.device)
+    both = torch.cat([sums, crowded])
     # Only the last pipeline stage has losses; zeros elsewhere.
     for group in (trainer.groups.dp_cp, trainer.groups.pp):
-        torch.distributed.all_reduce(sums, group=group)
-    return sums
+        torch.distributed.all_reduce(both, group=group)
+    return both[:-1], both[-1]
 
 
 def _boundaries(trainer: Trainer, batches: list[MicroBatch]) -> list[Tensor] | list[None]:
@@ -211,22 +227,36 @@ def _passes(
 def _captured_passes(
     trainer: Trainer, captured: CapturedPasses, inputs: list[ModelInputs], stage: Shape, weights: LossWeights
 ) -> Tensor:
-    """The same as a CUDA graph, and gradients finalised after it: that reduces over ranks."""
+    """The same as a CUDA graph, with what DDP moves beside it; gradients are finalised after it."""
 
     def passes(tensors: list[Tensor]) -> Tensor:
         scales, balancing, *rest = tensors
         parts = iter(rest)
         own = [ModelInputs._make(None if field is None else next(parts) for field in each) for each in inputs]
         static = replace(weights, scales=scales, balancing=balancing)
-        return _passes(trainer, own, stage, static, forward_only=False)
+        sums = _passes(trainer, own, stage, static, forward_only=False)
+        if trainer.run.parallel.overlap_grad_reduce:
+            for wrapped in trainer.model:
+                wrapped.finish_grad_sync()
+        return sums
 
     tensors = [field for each in inputs for field in each if field is not None]
     config = trainer.chunks[0].config
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     sums = captured(passes, [weights.scales, weights.balancing, *tensors]).clone()
     config.finalize_model_grads_func = finalize
+    if trainer.run.parallel.overlap_grad_reduce:
+        _tell_reduced(trainer.model)
     finalize(trainer.model, None, pg_collection=trainer.groups)
     return sums
+
+
+def _tell_reduced(model: Sequence[DistributedDataParallel]) -> None:
+    """What DDP would know if its hooks had run: gradients are reduced, and the next pass has to gather parameters."""
+    for wrapped in model:
+        for group in (*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups):
+            group.grad_reduce_finished = True
+            group.param_gather_dispatched = False
 
 
 class ModelInputs(NamedTuple):

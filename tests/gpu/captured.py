@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 from layouts import batches, started
 
+from nemotron3_megatron.model.row_forecast import RowForecast
 from nemotron3_megatron.train.callbacks.base import StepEvent
 from nemotron3_megatron.train.callbacks.health import HealthTelemetry
+from nemotron3_megatron.train.graph import CapturedPasses
 from nemotron3_megatron.train.step import Trainer, evaluate, train_step
 
 STEPS = 6
@@ -22,9 +24,17 @@ GPU = {"device": "cuda", "spec": "te", "dtype": "bf16"}
 MODES = {"eager": "none", "again": "none", "graph": "passes"}
 
 
-def compare(options: dict[str, Any]) -> dict[str, Any]:
+def compare(options: dict[str, Any], room: int | None = None) -> dict[str, Any]:
     """For each mode: losses and gradient norms of some steps, with a validation pass in between and every second
-    step's health measured; and by how much its last gradients differ from the first mode's."""
+    step's health measured; and by how much its last gradients differ from the first mode's.
+
+    ``room``: what is foretold for the rows of every expert layer.
+    """
+    again: list[None] = []
+    if room is not None:
+        RowForecast.room = lambda *_: room  # type: ignore[method-assign]
+        make_room = CapturedPasses.make_room
+        CapturedPasses.make_room = lambda self: (again.append(None), make_room(self))[1]  # type: ignore[method-assign]
     port = int(os.environ["MASTER_PORT"])
     results: dict[str, Any] = {}
     reference: dict[str, torch.Tensor] = {}
@@ -32,6 +42,7 @@ def compare(options: dict[str, Any]) -> dict[str, Any]:
         os.environ["MASTER_PORT"] = str(port + offset)
         with started({**GPU, "cuda_graph": cuda_graph, **options}) as trainer:
             results[mode] = _train(trainer)
+            results[mode]["again"] = len(again)
             results[mode]["captures"] = len(trainer.captured._captures) if trainer.captured else 0
             found = _gradients(trainer)
             reference = reference or found

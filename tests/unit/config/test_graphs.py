@@ -33,7 +33,6 @@ def test_several_gpus_must_ask() -> None:
         ("parallel.cuda_graph=none", "parallel.cuda_graph=none"),
         ("precision.dtype=fp32", "precision.dtype=fp32"),
         ("data.isolate_documents=false", "isolated documents"),
-        ("parallel.overlap_grad_reduce=true", "inside the backward pass"),
         ("stages.pretrain.other_lengths={short: {seq_length: 4096, share: 0.5}}", "differ in their shapes"),
     ],
 )
@@ -52,5 +51,14 @@ def test_modules_and_quantisation_count() -> None:
 
 
 def test_experts_on_other_ranks_are_reached_by_collectives() -> None:
-    run = run_of("parallel.ep=2", "parallel.cuda_graph=passes", world_size=2)
-    assert "collectives" in why_no_graph(run, spec="te", backend="none")
+    asked = ("parallel.ep=2", "parallel.cuda_graph=passes")
+    assert "alltoall" in why_no_graph(run_of(*asked, world_size=2), spec="te", backend="none")
+    gathering = run_of(*asked, "parallel.moe_token_dispatcher_type=allgather", world_size=2)
+    assert why_no_graph(gathering, spec="te", backend="none") == ""
+    assert "collectives" in why_no_graph(run_of("parallel.tp=2", *asked[1:], world_size=2), spec="te", backend="none")
+
+
+def test_what_ddp_moves_beside_the_passes_is_part_of_the_graph() -> None:
+    overlapped = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+    run = run_of(*overlapped, "parallel.cuda_graph=passes", world_size=2)
+    assert why_no_graph(run, spec="te", backend="none") == ""

@@ -1,0 +1,58 @@
+"""A captured step in which a rank's experts got more rows than room moves nothing and is computed again, everywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from launch import run_ranks
+
+ROWS = 10_000
+
+
+def steps(crowded_rank: int | None) -> dict[str, Any]:
+    """Losses, norms and expert biases of three steps; on ``crowded_rank`` the second one lacks room at first."""
+    import torch
+    from layouts import batches, started
+    from torch import Tensor
+
+    from nemotron3_megatron.model.rooms import rooms_of
+    from nemotron3_megatron.train.graph import CapturedPasses
+    from nemotron3_megatron.train.step import train_step
+
+    rank = int(os.environ["RANK"])
+
+    class Uncaptured(CapturedPasses):
+        """Without a GPU: each call computes, and what a graph would have noted is noted by hand."""
+
+        calls = 0
+
+        def __call__(self, passes: Callable[[list[Tensor]], Tensor], inputs: Sequence[Tensor]) -> Tensor:
+            self.calls += 1
+            for dispatcher in self.rooms.dispatchers:
+                dispatcher.crowd = torch.zeros(2, dtype=torch.int64)
+            sums = passes(list(inputs))
+            if self.calls == 2 and rank == crowded_rank:
+                self.rooms.dispatchers[0].crowd = torch.tensor([1, ROWS])
+            return sums
+
+    with started({"ep": 2, "dispatcher": "allgather"}) as trainer:
+        captured = Uncaptured(rooms_of(trainer.chunks))
+        trainer = replace(trainer, captured=captured)
+        results = [train_step(trainer, batches(trainer, i), trainer.run.stages[0], 1e-3) for i in range(3)]
+        biases = [b.tolist() for c in trainer.chunks for n, b in c.named_buffers() if n.endswith("expert_bias")]
+        room = captured.rooms.dispatchers[0].forecast.room(256)
+    seen = [(result.losses, result.update.grad_norm, result.update.applied) for result in results]
+    return {"seen": seen, "biases": biases, "calls": captured.calls, "room": room}
+
+
+def test_all_ranks_compute_the_step_again() -> None:
+    undisturbed = run_ranks(steps, 2, crowded_rank=None)
+    for rank, (expected, found) in enumerate(zip(undisturbed, run_ranks(steps, 2, crowded_rank=1), strict=True)):
+        assert expected["calls"] == 3
+        assert found["calls"] == 4
+        assert found["seen"] == expected["seen"]
+        assert found["biases"] == expected["biases"]
+        assert (found["room"] > expected["room"]) == (rank == 1), "who lacked room makes more"
