@@ -61,7 +61,7 @@ def time_steps(
     place = place or Place()
     started = time.perf_counter()
     platform = open_gpu(place)
-    step, backend = _step_of(loop, run, platform, balanced)
+    step, backend, release = _step_of(loop, run, platform, balanced)
     batches = [random_batches(run, number, place.rank) for number in range(WARMUP_STEPS + steps)]
     step(batches[0])
     platform.synchronize()
@@ -78,6 +78,7 @@ def time_steps(
         peak = torch.cuda.max_memory_allocated() / 2**30
         if report is not None:
             _profile(step, batches[-2:], platform, report)
+    release()
     torch.distributed.destroy_process_group()
     return Timing(seconds, first, float(loss), peak, backend)
 
@@ -99,17 +100,18 @@ def summary(run: Run, turns: list[Timing]) -> dict[str, Any]:
     }
 
 
-def _step_of(loop: str, run: Run, platform: Platform, balanced: bool) -> tuple[Step, str]:
+def _step_of(loop: str, run: Run, platform: Platform, balanced: bool) -> tuple[Step, str, Callable[[], None]]:
+    """The loop's step, the backend of its precision plan, and what to call before process groups are stopped."""
     if loop == "peer":
         from peer import Peer
 
-        return Peer(run, balanced).step, "none"
+        return Peer(run, balanced).step, "none", lambda: None
     from megatron.core.transformer.moe.router import TopKRouter
 
     trainer = build_trainer(run, platform, start_groups(run, platform))
     for module in (module for chunk in trainer.chunks for module in chunk.modules() if isinstance(module, TopKRouter)):
         module.config.moe_router_force_load_balancing = balanced
-    return lambda batches: train_step(trainer, batches, run.stages[0], 1e-4).losses[0], trainer.backend
+    return lambda batches: train_step(trainer, batches, run.stages[0], 1e-4).losses[0], trainer.backend, trainer.release
 
 
 def _profile(step: Step, batches: Sequence[list[MicroBatch]], platform: Platform, report: Path) -> None:

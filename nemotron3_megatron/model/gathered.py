@@ -42,7 +42,8 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
     def __init__(self, local_expert_indices: list[int], *, config: Any, pg_collection: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.local_expert_indices = local_expert_indices
-        self.forecast = RowForecast(config.moe_router_topk)
+        topk, experts = config.moe_router_topk, len(local_expert_indices)
+        self.forecast = RowForecast(topk, self.ep_size * min(topk, experts))
         self.crowd: Tensor | None = None
         """(2,) int64 of captured passes since it was zeroed: whether one had too little room, and the most rows."""
 
@@ -64,7 +65,7 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
 
     def make_room(self) -> None:
         """Go on before the number of rows is known on the CPU; :meth:`had_room` is to be asked."""
-        self._room = self.forecast.room(self._tokens())
+        self._room = self.forecast.room(self._tokens(), captured=is_capturing())
         total = self._counts.sum()
         fits = total <= self._room
         self.routes, self._counts = self.routes & fits, self._counts * fits  # kernels do not look for a buffer's end

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from nemotron3_megatron.model.gathered import GatherDispatcher
-from nemotron3_megatron.model.row_forecast import MARGIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +34,13 @@ class Rooms:
         return torch.stack(crowds)[:, :1].sum(dim=0).float()
 
     def learn(self) -> None:
-        """Make more room for as many rows as there were. Waits for the GPU."""
+        """Have room for as many rows as there were, and for more where they had too little. Waits for the GPU."""
         for dispatcher in self.dispatchers:
             if dispatcher.crowd is not None:
                 lacked, rows = dispatcher.crowd.tolist()
-                dispatcher.learn(int(rows * (1 + MARGIN)) if lacked else rows)
+                dispatcher.learn(rows)
+                if lacked:
+                    dispatcher.forecast.widen()
 
     def _crowds(self) -> list[Tensor]:
         return [each.crowd for each in self.dispatchers if each.crowd is not None]

@@ -72,9 +72,16 @@ class CapturedPasses:
     def make_room(self) -> None:
         """After a call in which experts got more rows than a graph has room for: the next one is not replayed, and
         the graphs are made anew after it."""
+        if torch.distributed.get_rank() == 0:
+            _log.info("experts got more rows than a CUDA graph had room for: the step is computed again without it")
         self.rooms.learn()
-        self._captures.clear()
+        self.release()
         self._calls = EAGER_STEPS - 1
+
+    def release(self) -> None:
+        """Give up the graphs. NCCL lets no communicator go that one of them uses: before process groups are stopped."""
+        torch.cuda.synchronize()
+        self._captures.clear()
 
     def _capture(self, passes: Callable[[list[Tensor]], Tensor], inputs: Sequence[Tensor]) -> _Capture:
         own = [tensor.clone() for tensor in inputs]

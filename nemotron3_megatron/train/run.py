@@ -71,6 +71,7 @@ def train(run: Run, watch: Watch) -> int:
     stop = run_steps(minding.trainer, data, progress, [*callbacks, *minding.last])
     data.close()
     store.release()
+    trainer.release()
     # Not after an error: other ranks may be waiting in a collective that will never come.
     stop_groups()
     return EXIT_START_AGAIN if stop in (Stop.PREEMPTED, Stop.NEXT_LAYOUT) else EXIT_DONE

@@ -72,6 +72,11 @@ class Trainer:
         """The model chunks inside their data-parallel wrappers."""
         return [wrapped.module for wrapped in self.model]
 
+    def release(self) -> None:
+        """Call before process groups are stopped."""
+        if self.captured is not None:
+            self.captured.release()
+
 
 def train_step(trainer: Trainer, batches: list[MicroBatch], stage: Shape, lr: float) -> StepResult:
     """Forward, backward and update over one global batch.

@@ -40,7 +40,9 @@ def started(options: dict[str, Any], make_run: Callable[..., Run] = tiny_run) ->
     platform.start(int(os.environ["LOCAL_RANK"]))
     groups = start_groups(run, platform)
     try:
-        yield build_trainer(run, platform, groups)
+        trainer = build_trainer(run, platform, groups)
+        yield trainer
+        trainer.release()
     finally:
         stop_groups()
 

@@ -90,7 +90,7 @@ def without_room() -> tuple[list[float], list[float], int]:
         os.environ["MASTER_PORT"] = str(port)
         with pytest.MonkeyPatch.context() as patch, started(world) as trainer:
             patch.setattr(gathered.GatheringExperts, "leaves_spare_rows_alone", lambda _, forced=forced: forced)
-            patch.setattr(RowForecast, "room", lambda *_: 0)
+            patch.setattr(RowForecast, "room", lambda *_, **__: 0)
             patch.setattr(gathered.GatherDispatcher, "had_room", counted)
             results = [train_step(trainer, batches(trainer, i), trainer.run.stages[0], 1e-3) for i in range(2)]
             losses.append([value for result in results for value in (*result.losses, result.update.grad_norm)])

@@ -32,7 +32,7 @@ def compare(options: dict[str, Any], room: int | None = None) -> dict[str, Any]:
     """
     again: list[None] = []
     if room is not None:
-        RowForecast.room = lambda *_: room  # type: ignore[method-assign]
+        RowForecast.room = lambda *_, **__: room  # type: ignore[method-assign]
         make_room = CapturedPasses.make_room
         CapturedPasses.make_room = lambda self: (again.append(None), make_room(self))[1]  # type: ignore[method-assign]
     port = int(os.environ["MASTER_PORT"])
