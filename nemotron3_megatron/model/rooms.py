@@ -33,14 +33,13 @@ class Rooms:
             return torch.zeros(1, device=device)
         return torch.stack(crowds)[:, :1].sum(dim=0).float()
 
-    def learn(self) -> None:
-        """Have room for as many rows as there were, and for more where they had too little. Waits for the GPU."""
+    def widen(self) -> None:
+        """Have room for as many rows as there were, and for more of them in every layer, lest each lacks some in turn.
+        Waits for the GPU."""
         for dispatcher in self.dispatchers:
             if dispatcher.crowd is not None:
-                lacked, rows = dispatcher.crowd.tolist()
-                dispatcher.learn(rows)
-                if lacked:
-                    dispatcher.forecast.widen()
+                dispatcher.learn(int(dispatcher.crowd[1]))
+            dispatcher.forecast.widen()
 
     def _crowds(self) -> list[Tensor]:
         return [each.crowd for each in self.dispatchers if each.crowd is not None]

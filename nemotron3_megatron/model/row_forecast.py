@@ -6,8 +6,9 @@ import math
 
 MARGIN = 1 / 16
 """More than the largest share of late, where more rows than room cost a second launch of the experts."""
-CAPTURED_MARGIN = 1 / 4
-"""The same at first in a CUDA graph, where they cost a step. Rows that nobody uses cost little more than memory."""
+CAPTURED_MARGIN = 1 / 2
+"""The same at first in a CUDA graph, where they cost a step, and graphs made anew. A row that nobody uses costs memory,
+and an activation's time."""
 FADES = 63 / 64
 """Of the remembered share, with each pass."""
 ROUNDED_TO = 256

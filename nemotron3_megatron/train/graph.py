@@ -74,7 +74,7 @@ class CapturedPasses:
         the graphs are made anew after it."""
         if torch.distributed.get_rank() == 0:
             _log.info("experts got more rows than a CUDA graph had room for: the step is computed again without it")
-        self.rooms.learn()
+        self.rooms.widen()
         self.release()
         self._calls = EAGER_STEPS - 1
 

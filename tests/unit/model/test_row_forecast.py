@@ -34,11 +34,11 @@ def test_there_is_always_a_row() -> None:
 
 
 def test_a_graph_has_more_room_and_twice_the_margin_after_each_lack() -> None:
-    forecast = RowForecast(4, most_per_token=8)
-    assert forecast.room(8192, captured=True) == 5 * 8192
-    forecast.widen()
+    forecast = RowForecast(4, most_per_token=16)
     assert forecast.room(8192, captured=True) == 6 * 8192
     forecast.widen()
+    assert forecast.room(8192, captured=True) == 8 * 8192
     forecast.widen()
-    assert forecast.room(8192, captured=True) == 8 * 8192, "more cannot come"
+    forecast.widen()
+    assert forecast.room(8192, captured=True) == 16 * 8192, "more cannot come"
     assert forecast.room(8192) == 4.25 * 8192
