@@ -89,6 +89,12 @@ def planned_spec(run: Run) -> Spec:
     return "torch" if run.device == "cpu" or run.model.spec == "torch" else "te"
 
 
+def largest_imbalance(run: Run) -> float:
+    """Every token of the expert-parallel ranks chooses as many experts of one rank as there are."""
+    model, ep = run.model, run.layout.ep
+    return ep * min(model.moe_router_topk, model.num_moe_experts // ep) / model.moe_router_topk
+
+
 def shape(run: Run, stage: Stage, imbalance: float = 1.0) -> Shape:
     """The shape of a stage's micro-batches."""
     layout = run.layout

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.model.logits import rows_at_a_time
 from nemotron3_megatron.plan import activations_te, activations_torch
 from nemotron3_megatron.plan.activation_shape import FLOAT, Kept, Shape
@@ -61,12 +60,6 @@ def logits(at: Shape, chunk: Chunk) -> int:
     kept = depths * at.tokens if part == at.tokens else part
     steady = kept * at.value * width + at.tokens * (depths * FLOAT + at.value * hidden)
     return steady + (activations_torch.loss(at, part, width) if at.on_cpu else 0)
-
-
-def largest_imbalance(run: Run) -> float:
-    """Every token of the expert-parallel ranks chooses as many experts of one rank as there are."""
-    model, ep = run.model, run.layout.ep
-    return ep * min(model.moe_router_topk, model.num_moe_experts // ep) / model.moe_router_topk
 
 
 def _spec(at: Shape) -> ModuleType:

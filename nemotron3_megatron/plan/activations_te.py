@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from nemotron3_megatron.config.experts import gathers_tokens
+from nemotron3_megatron.config.graphs import why_no_graph
 from nemotron3_megatron.model.parts import expert_bytes, scan_parts, tokens_at_a_time
-from nemotron3_megatron.plan.activation_shape import FLOAT, Kept, Shape
+from nemotron3_megatron.model.row_forecast import CAPTURED_MARGIN, MARGIN
+from nemotron3_megatron.plan.activation_shape import FLOAT, Kept, Shape, largest_imbalance
 from nemotron3_megatron.precision.policy import Role
 
 
@@ -163,9 +165,17 @@ def _read_normed(at: Shape) -> int:
 
 
 def _rows(at: Shape) -> int:
-    """Rows that reach this rank's experts; expert tensor parallelism gathers those of its ranks."""
-    layout = at.run.layout
-    return round(at.between * layout.etp * at.model.moe_router_topk * at.imbalance)
+    """Rows that there is room for among this rank's experts; expert tensor parallelism gathers those of its ranks."""
+    share = min(at.imbalance * (1 + _spare(at)), largest_imbalance(at.run))
+    return round(at.between * at.run.layout.etp * at.model.moe_router_topk * share)
+
+
+def _spare(at: Shape) -> float:
+    """Room for rows that may yet come, over those that did (``model/row_forecast.py``)."""
+    if not (at.groups_experts and gathers_tokens(at.run)):
+        return 0.0
+    captured = not why_no_graph(at.run, spec="te", backend="none")
+    return CAPTURED_MARGIN if captured else MARGIN
 
 
 def ends(at: Shape) -> int:

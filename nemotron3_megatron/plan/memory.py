@@ -87,7 +87,7 @@ def memory_plan(run: Run, *, imbalance: float = 1.0) -> MemoryPlan:
     Args:
         run: resolved.
         imbalance: tokens of the fullest expert-parallel rank over the mean (at most
-            ``activations.largest_imbalance``).
+            ``activation_shape.largest_imbalance``).
     """
     kept = weight_bytes_kept(run)
     shapes = [part for stage in run.own_stages[::-1] for part in stage.by_shape()[::-1]]

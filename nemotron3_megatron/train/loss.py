@@ -107,15 +107,15 @@ def mean_losses(
     The function returned waits for them, not for what was launched since.
     """
     means = torch.where(weights.counts > 0, sums.double() / weights.counts, torch.nan)
-    lacked = torch.zeros_like(means) if crowded is None else crowded.to(means).expand_as(means)
-    table = read_later(torch.stack([means, weights.counts, lacked]))
+    lacked = [] if crowded is None else [crowded.to(means).expand_as(means)]
+    table = read_later(torch.stack([means, weights.counts, *lacked]))
 
     def read() -> Losses:
-        losses, tokens, without_room = table().tolist()
+        losses, tokens, *without_room = table().tolist()
         first = len(losses) - len(tags)
         told = zip(tags, losses[first:], tokens[first:], strict=True)
         by_tag = {tag: TagLoss(loss, int(count)) for tag, loss, count in told if count}
-        return Losses(tuple(losses[:first]), by_tag, crowded=any(without_room))
+        return Losses(tuple(losses[:first]), by_tag, crowded=any(map(any, without_room)))
 
     return read
 

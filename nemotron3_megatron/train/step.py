@@ -112,7 +112,7 @@ def _attempt(trainer: Trainer, batches: list[MicroBatch], stage: Shape, lr: floa
 
 def _why_not(trainer: Trainer, losses: Callable[[], Losses]) -> str:
     """Why finite gradients must not move weights; empty: they may."""
-    if losses().crowded:
+    if trainer.captured is not None and losses().crowded:
         return "experts got more rows than a CUDA graph had room for"
     return "" if trainer.judge is None else trainer.judge.refuse(losses().depths)
 
@@ -171,26 +171,26 @@ def _weights(trainer: Trainer, batches: list[MicroBatch]) -> LossWeights:
 
 def _run_schedule(
     trainer: Trainer, batches: list[MicroBatch], stage: Shape, weights: LossWeights, *, forward_only: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Run all micro-batches.
 
     Returns:
-        On every rank, summed over all: the losses of the global batch (1 + D + T,), and () how many layers lacked room.
+        On every rank, summed over all: the losses of the global batch (1 + D + T,), and () how many layers lacked room;
+        None without a graph.
     """
     inputs = [
         _model_inputs(trainer, batch, ends) for batch, ends in zip(batches, _boundaries(trainer, batches), strict=True)
     ]
-    if trainer.captured is None or forward_only:
+    captured = None if forward_only else trainer.captured
+    if captured is None:
         sums = _passes(trainer, inputs, stage, weights, forward_only=forward_only)
-        crowded = sums.new_zeros(1)
     else:
-        sums = _captured_passes(trainer, trainer.captured, inputs, stage, weights)
-        crowded = trainer.captured.rooms.crowded(sums.device)
-    both = torch.cat([sums, crowded])
+        sums = _captured_passes(trainer, captured, inputs, stage, weights)
+        sums = torch.cat([sums, captured.rooms.crowded(sums.device)])
     # Only the last pipeline stage has losses; zeros elsewhere.
     for group in (trainer.groups.dp_cp, trainer.groups.pp):
-        torch.distributed.all_reduce(both, group=group)
-    return both[:-1], both[-1]
+        torch.distributed.all_reduce(sums, group=group)
+    return (sums, None) if captured is None else (sums[:-1], sums[-1])
 
 
 def _boundaries(trainer: Trainer, batches: list[MicroBatch]) -> list[Tensor] | list[None]:
@@ -248,7 +248,7 @@ def _captured_passes(
     tensors = [field for each in inputs for field in each if field is not None]
     config = trainer.chunks[0].config
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
-    sums = captured(passes, [weights.scales, weights.balancing, *tensors]).clone()
+    sums = captured(passes, [weights.scales, weights.balancing, *tensors])
     config.finalize_model_grads_func = finalize
     if trainer.run.parallel.overlap_grad_reduce:
         _tell_reduced(trainer.model)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from nemotron3_megatron.config import compose, resolve
 from nemotron3_megatron.config.run import Run
-from nemotron3_megatron.plan.activation_shape import shape
-from nemotron3_megatron.plan.activations import largest_imbalance, layer
+from nemotron3_megatron.plan.activation_shape import largest_imbalance, shape
+from nemotron3_megatron.plan.activations import layer
 from nemotron3_megatron.plan.buffers import ALIGNMENT, BUCKET_ALIGNMENT, buffers
 from nemotron3_megatron.plan.memory import GIB, TERMS, Memory, in_flight, memory_plan
 from nemotron3_megatron.plan.memory_advice import advise
