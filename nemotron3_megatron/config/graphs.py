@@ -21,7 +21,7 @@ def why_no_graph(run: Run, *, spec: Literal["torch", "te"], backend: Literal["no
         return "parallel.cuda_graph=none"
     obstacle = next((why for why, holds in _obstacles(run, spec, backend).items() if holds), "")
     if wanted == "auto" and run.layout.world_size > 1:
-        obstacle = obstacle or "several GPUs have not been timed with one: parallel.cuda_graph=passes tries"
+        obstacle = obstacle or "on several GPUs a graph has to be asked for (parallel.cuda_graph=passes)"
     return obstacle
 
 
