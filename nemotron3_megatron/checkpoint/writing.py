@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import traceback
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,10 +99,13 @@ def fingerprint(tensor: torch.Tensor) -> int:
 def system_error(error: BaseException) -> Exception:
     """The system error behind ``error`` (torch hides a full disk behind its own), else ``error`` in words.
 
-    The result can be sent to another process.
+    The result can be sent to another process. The local variables of the calls that failed are dropped: where they hold
+    the buffer of a ``BytesIO`` in a cycle, as torch's writer does, Python 3.12.0 and 3.12.1 crash when they collect it
+    (CPython issue 111049), long after the error was dealt with.
     """
     cause: BaseException | None = error
     while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
         if isinstance(cause, OSError) and cause.errno is not None:
             return OSError(cause.errno, os.strerror(cause.errno))
         cause = cause.__cause__ or cause.__context__
