@@ -22,6 +22,6 @@ def test_no_call_that_failed_keeps_a_buffer() -> None:
             with pytest.raises(BufferError):
                 data.close()
             found = system_error(error)
+            data.close()
     assert isinstance(found, OSError)
     assert found.errno == errno.ENOSPC
-    data.close()
