@@ -23,8 +23,8 @@ class Rooms:
 
     def watch(self) -> None:
         """Forget earlier passes."""
-        for crowd in self._crowds():
-            crowd.zero_()
+        if crowds := self._crowds():
+            torch._foreach_zero_(crowds)
 
     def crowded(self, device: torch.device) -> Tensor:
         """(1,) float32: layers that got more rows than room in a captured pass since :meth:`watch`."""

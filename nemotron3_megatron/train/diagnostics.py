@@ -86,10 +86,14 @@ class Diagnostics:
 
     def arm(self) -> None:
         """Look at the coming passes."""
-        self._residual.zero_()
-        self._loads.zero_()
+        self.forget()
         self._hooks = [layer.register_forward_hook(partial(self._layer_done, row)) for row, layer in self._layers]
         self._hooks += [router.register_forward_hook(partial(self._routed, row)) for row, router in self._routers]
+
+    def forget(self) -> None:
+        """Drop what the passes since :meth:`arm` have shown."""
+        self._residual.zero_()
+        self._loads.zero_()
 
     def loads(self) -> Health:
         """Stop looking; expert load of the passes since :meth:`arm`, of all ranks. A collective."""

@@ -41,11 +41,12 @@ class CapturedPasses:
     def __init__(self, rooms: Rooms) -> None:
         """``rooms``: of the experts inside the function."""
         self.rooms = rooms
-        self.watched = False
-        """Whether hooks look at the coming calls: a graph holds only what they did at its capture."""
+        self.unsee: Callable[[], None] | None = None
+        """Set while hooks look at the calls, of which a graph holds only what they did at its capture: drops what they
+        saw, where a call does not count."""
         self._calls = 0
         self._captures: dict[tuple[bool, tuple[torch.Size, ...]], _Capture] = {}
-        """By ``watched`` and the shapes of the inputs; they share one memory pool, since no two run at a time."""
+        """By whether hooks look and the inputs' shapes; they share one memory pool, since no two run at a time."""
 
     def __call__(self, passes: Callable[[list[Tensor]], Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """``passes(inputs)``; always the same function.
@@ -61,7 +62,7 @@ class CapturedPasses:
         self.rooms.watch()
         if self._calls <= EAGER_STEPS:
             return passes(list(inputs))
-        kind = (self.watched, tuple(tensor.shape for tensor in inputs))
+        kind = (self.unsee is not None, tuple(tensor.shape for tensor in inputs))
         if kind not in self._captures:
             self._captures[kind] = self._capture(passes, inputs)
         capture = self._captures[kind]
@@ -74,6 +75,8 @@ class CapturedPasses:
         the graphs are made anew after it."""
         if torch.distributed.get_rank() == 0:
             _log.info("experts got more rows than a CUDA graph had room for: the step is computed again without it")
+        if self.unsee is not None:
+            self.unsee()
         self.rooms.widen()
         self.release()
         self._calls = EAGER_STEPS - 1

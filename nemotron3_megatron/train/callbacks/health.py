@@ -28,11 +28,11 @@ class HealthTelemetry(Callback):
         if self._due(step):
             self._diagnostics.arm()
             if self._trainer.captured is not None:
-                self._trainer.captured.watched = True
+                self._trainer.captured.unsee = self._diagnostics.forget
 
     def step_done(self, event: StepEvent) -> None:
         if self._trainer.captured is not None:
-            self._trainer.captured.watched = False
+            self._trainer.captured.unsee = None
         self._found = self._diagnostics.collect(event.result) if self._due(event.step) else {}
 
     def health(self) -> Health:
