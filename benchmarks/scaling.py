@@ -1,6 +1,7 @@
 """Tokens a second on one GPU and on several of one node, at equal work a GPU.
 
-    python benchmarks/scaling.py [--slices nano,a315m] [--gpus 1,2] [--layout ep] [--steps 10] [--json] [--profile DIR]
+    python benchmarks/scaling.py [--slices nano,a315m] [--gpus 1,2] [--layout ep] [--steps 10] [--warmup 4] [--json]
+                                 [--profile DIR]
 
 N GPUs train with N expert-parallel ranks (or N data-parallel ones: --layout dp) and N times the sequences; all experts
 stay as they are. ``--profile`` writes rank 0's kernels by time, collectives among them.
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from slices import SLICES, in_fresh_process, on_gpus, slice_run
-from timing import summary, time_steps
+from timing import WARMUP_STEPS, summary, time_steps
 
 
 def main() -> None:
@@ -28,6 +29,9 @@ def main() -> None:
     parser.add_argument("--layout", choices=("ep", "dp"), default="ep")
     parser.add_argument("--loop", choices=("ours", "peer"), default="ours")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument(
+        "--warmup", type=int, default=WARMUP_STEPS, help="steps before; fresh routers move fast at first"
+    )
     parser.add_argument("--sequences", type=int, default=2, help="a GPU and step")
     parser.add_argument("--balanced", action="store_true", help="every expert gets as many tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
@@ -40,7 +44,9 @@ def main() -> None:
             layout = [f"parallel.ep={size}"] if options.layout == "ep" else []
             run = slice_run(name, [*layout, *options.overrides], size, options.sequences)
             report = options.profile and options.profile / f"{name}_{options.loop}_{size}.txt"
-            ranks = on_gpus(size, time_steps, run, options.loop, options.steps, options.balanced, report)
+            ranks = on_gpus(
+                size, time_steps, run, options.loop, options.steps, options.balanced, report, options.warmup
+            )
             results.setdefault(name, {})[size] = summary(run, ranks[:1])
     device = in_fresh_process(torch.cuda.get_device_name)
     if options.json:

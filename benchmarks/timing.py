@@ -46,32 +46,39 @@ class Timing:
 
 
 def time_steps(
-    run: Run, loop: str, steps: int, balanced: bool, report: Path | None = None, place: Place | None = None
+    run: Run,
+    loop: str,
+    steps: int,
+    balanced: bool,
+    report: Path | None = None,
+    warmup: int = WARMUP_STEPS,
+    place: Place | None = None,
 ) -> Timing:
     """Build ``run`` in this process and time its steps.
 
     Args:
         run: what to train, on random tokens.
         loop: ``ours``, or ``peer`` (peer.py).
-        steps: timed, after WARMUP_STEPS.
+        steps: timed, after the warm-up.
         balanced: every expert gets as many tokens, as published figures have it; else what fresh weights route.
         report: file for the kernels of two more steps.
+        warmup: steps before.
         place: this process among several; None: one GPU.
     """
     place = place or Place()
     started = time.perf_counter()
     platform = open_gpu(place)
     step, backend, release = _step_of(loop, run, platform, balanced)
-    batches = [random_batches(run, number, place.rank) for number in range(WARMUP_STEPS + steps)]
+    batches = [random_batches(run, number, place.rank) for number in range(warmup + steps)]
     step(batches[0])
     platform.synchronize()
     first = time.perf_counter() - started
     with collected_between_steps() if loop == "ours" else nullcontext():
-        for batch in batches[1:WARMUP_STEPS]:
+        for batch in batches[1:warmup]:
             step(batch)
         platform.synchronize()
         begin = time.perf_counter()
-        for batch in batches[WARMUP_STEPS:]:
+        for batch in batches[warmup:]:
             loss = step(batch)
         platform.synchronize()
         seconds = (time.perf_counter() - begin) / steps

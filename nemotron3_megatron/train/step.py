@@ -245,6 +245,10 @@ def _captured_passes(
                 wrapped.finish_grad_sync()
         return sums
 
+    if trainer.run.parallel.overlap_param_gather:
+        for wrapped in trainer.model:
+            # A validation before has gathered them; a graph holds the gathering whenever it is captured.
+            wrapped.reset_param_sync_dispatch_state()
     tensors = [field for each in inputs for field in each if field is not None]
     config = trainer.chunks[0].config
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
@@ -257,11 +261,10 @@ def _captured_passes(
 
 
 def _tell_reduced(model: Sequence[DistributedDataParallel]) -> None:
-    """What DDP would know if its hooks had run: gradients are reduced, and the next pass has to gather parameters."""
+    """What DDP would know if its hooks had run."""
     for wrapped in model:
         for group in (*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups):
             group.grad_reduce_finished = True
-            group.param_gather_dispatched = False
 
 
 class ModelInputs(NamedTuple):
