@@ -25,10 +25,16 @@ WORLDS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "without_attention": (1, {"isolate_documents": False, "stack": "MEM-", "mtp_depths": 0}),
     "router": (1, {"router_fusion": True}),
+    "recompute": (1, {"recompute": "full"}),
+    "recompute_parts": (1, {"recompute": "selective", "recompute_modules": ("moe", "core_attn")}),
     "dp2": (2, {}),
     "dp2_overlap": (2, {"overlap": True}),
     "ep2": (2, {"ep": 2, "dispatcher": "allgather"}),
     "ep2_overlap": (2, {"ep": 2, "dispatcher": "allgather", "overlap": True}),
+    "ep2_recompute": (
+        2,
+        {"ep": 2, "dispatcher": "allgather", "overlap": True, "recompute": "selective", "recompute_modules": ("moe",)},
+    ),
 }
 
 
