@@ -3,9 +3,10 @@
     python benchmarks/checkpoint.py --recipe ladder_a315m_1b --device cuda [--folder DIR] [--saves 3] [--json]
     python benchmarks/checkpoint.py --recipe tiny --device cpu
 
-One rank, random tokens, two sequences a step. For each kind of save: the time for which training waits (``blocked``),
-from the start of the save to its publication (``published``), and of a step while the worker writes against one
-without (``step``). The first save of a process also plans, and pins memory unless it was reserved: shown apart.
+One rank, random tokens, two sequences a step, Python's collector stopped as in training. For each kind of save: the
+time for which training waits (``blocked``), from the start of the save to its publication (``published``), and of a
+step while the worker writes against one without (``step``). The first save of a process also plans, and pins memory
+unless it was reserved: shown apart.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.parallel.groups import start_groups
 from nemotron3_megatron.platform import select
 from nemotron3_megatron.train.build import build_trainer
+from nemotron3_megatron.train.garbage import collected_between_steps
 from nemotron3_megatron.train.step import Trainer, train_step
 
 WARMUP_STEPS = 3
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further recipe overrides")
     options = parser.parse_args()
     run = _run(options.recipe, options.device, options.overrides)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder, _trainer(run) as trainer:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, _trainer(run) as trainer, collected_between_steps():
         found = measure(trainer, Path(folder), options.saves, options.steps, blocks=not options.worker_only)
     if options.json:
         print(json.dumps(found, indent=2))

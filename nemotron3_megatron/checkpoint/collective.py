@@ -36,7 +36,7 @@ def on_every_rank[T](action: Callable[[], T]) -> list[T]:
 
 def to_rank_zero[T](value: T) -> list[T] | None:
     """Every rank's value in rank order, on rank 0; None elsewhere. A collective."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[T] | None = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values, dst=0)
