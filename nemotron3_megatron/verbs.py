@@ -198,7 +198,7 @@ VERBS = {
     "report": Verb(
         _report,
         "draw the loss curves of a run from its metrics.jsonl: PNG and terminal",
-        "nemotron3 report run_dir=PATH",
+        "nemotron3 report run_dir=PATH [against=PATH,...]    against: other runs to compare it with",
     ),
     "generate": Verb(
         _generate,

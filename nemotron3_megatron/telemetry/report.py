@@ -14,6 +14,7 @@ from rich.table import Table
 from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.config.run import Layout
 from nemotron3_megatron.plan.counts import count_parameters
+from nemotron3_megatron.telemetry.comparison import PICTURE, comparison_table, draw_comparison, read_compared
 from nemotron3_megatron.telemetry.curves import draw_loss_curve, smoothed
 from nemotron3_megatron.telemetry.html import Picture, Section, page
 from nemotron3_megatron.telemetry.jsonlines import read_evals, read_steps
@@ -50,13 +51,22 @@ class Findings:
 def report_main(overrides: Sequence[str]) -> int:
     """``nemotron3 report run_dir=PATH``: write pictures and ``report.html`` into it and plot in the terminal.
 
+    With ``against=PATH,...`` the runs are compared instead, in one picture and one table.
+
     Raises:
-        UserError: an argument is wrong or the directory holds no run.
+        UserError: an argument is wrong or a directory holds no run.
     """
-    findings = read_findings(_run_dir(overrides))
-    written = write_report(findings)
+    run_dir, *others = _run_dirs(overrides)
     console = Console(width=None if Console().is_terminal else PLOT_WIDTH + 2)
-    show_report(findings, console)
+    if others:
+        written = [run_dir / PICTURE]
+        runs = read_compared([run_dir, *others])
+        draw_comparison(written[0], runs)
+        console.print(comparison_table(runs))
+    else:
+        findings = read_findings(run_dir)
+        written = write_report(findings)
+        show_report(findings, console)
     console.print("\n".join(f"wrote {path}" for path in written), soft_wrap=True, highlight=False)
     return 0
 
@@ -167,14 +177,19 @@ def layout_text(layout: Layout) -> str:
     return f"{ranks}: {parts}" if parts else ranks
 
 
-def _run_dir(overrides: Sequence[str]) -> Path:
-    where, nearest = "command line", "nemotron3 report run_dir=PATH"
-    if len(overrides) != 1:
-        raise UserError("report takes one value", where=where, why=f"{len(overrides)} were given", nearest=nearest)
-    key, found, value = overrides[0].partition("=")
-    if key != "run_dir" or not found or not value:
-        raise UserError(overrides[0], where=where, why="report knows only run_dir", nearest=nearest)
-    return Path(value)
+def _run_dirs(overrides: Sequence[str]) -> list[Path]:
+    """The run to report, then those it is compared with."""
+    where, nearest = "command line", "nemotron3 report run_dir=PATH [against=PATH,...]"
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key not in ("run_dir", "against") or key in given or not all(value.split(",")):
+            raise UserError(override, where=where, why="report knows run_dir and against, once each", nearest=nearest)
+        given[key] = value
+    if "run_dir" not in given:
+        raise UserError("report", where=where, why="run_dir is not given", nearest=nearest)
+    against = given["against"].split(",") if "against" in given else []
+    return [Path(each) for each in (given["run_dir"], *against)]
 
 
 def _series(findings: Findings) -> list[Series]:

@@ -32,9 +32,9 @@ def test_resolves_at_its_world_size(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tiny")])
 def test_resolves_on_what_people_have(name: str) -> None:
     recipe, origins = compose([f"recipe={name}"])
-    layouts = {"h100x8": 8, "h200x8": 8, "h100x64": 64, "b200x64": 64}
+    layouts = {"h200x2": 2, "h100x8": 8, "h200x8": 8, "h100x64": 64, "b200x64": 64}
     if name.startswith("proxy"):  # a batch of 64 sequences in micro-batches of 4: up to 16 ranks
-        layouts = {"single": 1, "h100x8": 8, "h200x8": 8}
+        layouts = {"single": 1, "h200x2": 2, "h100x8": 8, "h200x8": 8}
     if name.startswith("super"):
         layouts |= {"super_h100x64": 64, "super_b200x64": 64}
     if name.endswith(("moe_8b", "8b_mtp")):

@@ -184,10 +184,10 @@ def test_the_summary_counts_what_happened(run_dir: Path, evaluation: Evaluation)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "takes one value"),
-        (["run_dir=a", "run_dir=b"], "takes one value"),
-        (["rundir=a"], "knows only run_dir"),
-        (["run_dir="], "knows only run_dir"),
+        ([], "run_dir is not given"),
+        (["run_dir=a", "run_dir=b"], "once each"),
+        (["rundir=a"], "knows run_dir and against"),
+        (["run_dir="], "knows run_dir and against"),
         (["run_dir=/nowhere/at/all"], "holds no run.json"),
     ],
 )
