@@ -20,21 +20,20 @@ from nemotron3_megatron.platform.kernel_cache import use_kernel_cache
 
 use_kernel_cache()  # before Megatron-Core is imported, by whoever imports this first
 
+_SUPER = ("recipe=super_bf16", "model.pattern=MEM*EME", "model.mtp_pattern=''", "model.mtp_depths=0")
 SLICES: dict[str, tuple[str, ...]] = {
     "nano": ("recipe=nano_bf16", "model.pattern=MEMEM*EME", "model.num_moe_experts=16"),
-    "super": (
-        "recipe=super_bf16",
-        "model.pattern=MEM*EME",
-        "model.mtp_pattern=''",
-        "model.mtp_depths=0",
-        "model.num_moe_experts=64",
-    ),
+    "super": (*_SUPER, "model.num_moe_experts=64"),
+    "super512": _SUPER,
+    "super128": (*_SUPER, "model.num_moe_experts=128", "model.moe_router_topk=6", "model.moe_latent_size=null"),
     "nano64": ("recipe=nano_bf16", "model.num_moe_experts=64"),
     "a315m": ("recipe=ladder_a315m_1b", "stages.pretrain.micro_batch_size=1"),
 }
 """Overrides of each slice: sequence 8192, micro-batches of one sequence, two a GPU unless said otherwise.
 
 Nano's has 1.60 B parameters and 16 of 128 experts, Super's 2.65 B and 64 of 512; the ladder's smallest model is whole.
+``super512`` has all 512 experts (10.06 B parameters: two GPUs), ``super128`` standard experts of as many parameters, of
+which a token takes 6: as many products as 22 of 512 in a quarter of the width, but for the rounding of 5.5.
 ``nano64`` has all of Nano's layers and half its experts: on 4 GPUs with EP 4 each holds what it would hold of whole
 Nano on 8."""
 

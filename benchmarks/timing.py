@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exchanged import exchanged
 from slices import Place, open_gpu, random_batches
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
@@ -19,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from nemotron3_megatron.config.run import Run
 from nemotron3_megatron.data.batch import MicroBatch
 from nemotron3_megatron.parallel.groups import start_groups
+from nemotron3_megatron.plan.communication import communication
 from nemotron3_megatron.plan.counts import flops_per_token
 from nemotron3_megatron.platform import Platform
 from nemotron3_megatron.train.build import build_trainer
@@ -43,6 +45,8 @@ class Timing:
     peak_gib: float
     backend: str
     """Of the precision plan."""
+    expert_bytes: dict[str, int]
+    """Moved among expert-parallel ranks in the first step, by operation (``exchanged``)."""
 
 
 def time_steps(
@@ -70,7 +74,10 @@ def time_steps(
     platform = open_gpu(place)
     step, backend, release = _step_of(loop, run, platform, balanced)
     batches = [random_batches(run, number, place.rank) for number in range(warmup + steps)]
-    step(batches[0])
+    from megatron.core.parallel_state import get_expert_model_parallel_group
+
+    with exchanged(get_expert_model_parallel_group()) as moved:
+        step(batches[0])
     platform.synchronize()
     first = time.perf_counter() - started
     with collected_between_steps() if loop == "ours" else nullcontext():
@@ -87,7 +94,7 @@ def time_steps(
             _profile(step, batches[-2:], platform, report)
     release()
     torch.distributed.destroy_process_group()
-    return Timing(seconds, first, float(loss), peak, backend)
+    return Timing(seconds, first, float(loss), peak, backend, dict(moved))
 
 
 def summary(run: Run, turns: list[Timing]) -> dict[str, Any]:
@@ -104,7 +111,18 @@ def summary(run: Run, turns: list[Timing]) -> dict[str, Any]:
         "peak_gib": max(turn.peak_gib for turn in turns),
         "loss": turns[0].loss,
         "backend": turns[0].backend,
+        "expert_bytes": turns[0].expert_bytes,
+        "planned_expert_bytes": _planned(run),
     }
+
+
+def _planned(run: Run) -> dict[str, float]:
+    """What the plan says that ``expert_bytes`` are."""
+    planned: Counter[str] = Counter()
+    for each in communication(run, 0):
+        if each.group.name == "ep":
+            planned[each.operation] += int(each.bytes)
+    return dict(planned)
 
 
 def _step_of(loop: str, run: Run, platform: Platform, balanced: bool) -> tuple[Step, str, Callable[[], None]]:
