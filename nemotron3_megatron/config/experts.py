@@ -10,6 +10,17 @@ def gathers_tokens(run: Run) -> bool:
     return run.parallel.moe_token_dispatcher_type == "allgather" and run.layout.ep > 1
 
 
+def most_rows_per_token(ranks: int, experts: int, topk: int) -> int:
+    """Rows that a rank's experts get at most, of each token a rank of their group has.
+
+    Args:
+        ranks: of the group.
+        experts: of a rank.
+        topk: experts that a token chooses.
+    """
+    return ranks * min(topk, experts)
+
+
 def keeps_counts_on_device(run: Run, *, native: bool) -> bool:
     """Whether the te spec's experts read their token counts on the GPU (``model/device_counts.py``).
 

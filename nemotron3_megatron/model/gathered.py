@@ -28,6 +28,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemotron3_megatron.config.experts import most_rows_per_token
 from nemotron3_megatron.model.moe import TorchMoELayer
 from nemotron3_megatron.model.row_forecast import RowForecast
 from nemotron3_megatron.platform.transfer import is_capturing, read_later
@@ -43,7 +44,7 @@ class GatherDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         super().__init__(config=config, pg_collection=pg_collection)
         self.local_expert_indices = local_expert_indices
         topk, experts = config.moe_router_topk, len(local_expert_indices)
-        self.forecast = RowForecast(topk, self.ep_size * min(topk, experts))
+        self.forecast = RowForecast(topk, most_rows_per_token(self.ep_size, experts, topk))
         self.crowd: Tensor | None = None
         """(2,) int64 of captured passes since it was zeroed: whether one had too little room, and the most rows."""
 

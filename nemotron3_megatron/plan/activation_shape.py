@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from nemotron3_megatron.config.experts import keeps_counts_on_device
+from nemotron3_megatron.config.experts import keeps_counts_on_device, most_rows_per_token
 from nemotron3_megatron.config.recipe import ModelConfig
 from nemotron3_megatron.config.run import Run, Stage
 from nemotron3_megatron.plan.parameters import BYTES
@@ -92,7 +92,7 @@ def planned_spec(run: Run) -> Spec:
 def largest_imbalance(run: Run) -> float:
     """Every token of the expert-parallel ranks chooses as many experts of one rank as there are."""
     model, ep = run.model, run.layout.ep
-    return ep * min(model.moe_router_topk, model.num_moe_experts // ep) / model.moe_router_topk
+    return most_rows_per_token(ep, model.num_moe_experts // ep, model.moe_router_topk) / model.moe_router_topk
 
 
 def shape(run: Run, stage: Stage, imbalance: float = 1.0) -> Shape:
