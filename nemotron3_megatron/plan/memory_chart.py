@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nemotron3_megatron.accelerators import Gpu
+from nemotron3_megatron.drawing import FAINT, INK
 from nemotron3_megatron.plan.memory import GIB, TERMS, Memory, MemoryPlan
 
-_INK, _FAINT = "#1f2933", "#66727f"
 _COLOURS = {
     "weights": "#1d4e89",
     "gradients": "#4f86c6",
@@ -61,15 +61,15 @@ def draw_memory(path: Path, plan: MemoryPlan, gpus: tuple[Gpu, ...], title: str,
         _draw_bar(axes, rank if bars > 1 else 0.5, memory, limit)
     _mark(axes, marked)
     axes.set_yticks(list(range(bars)) if bars > 1 else [0.5], [f"pipeline rank {rank}" for rank in range(bars)])
-    axes.tick_params(length=0, labelsize=8, colors=_FAINT)
-    axes.set_xlabel("GiB on the fullest GPU", fontsize=8, color=_FAINT)
+    axes.tick_params(length=0, labelsize=8, colors=FAINT)
+    axes.set_xlabel("GiB on the fullest GPU", fontsize=8, color=FAINT)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.012, 0.01), ncols=8, fontsize=7.5, frameon=False,
                   handlelength=1.0, columnspacing=1.1)  # fmt: skip
-    figure.text(0.018, 1 - 0.34 / height, title, fontsize=13, fontweight="bold", color=_INK)
-    figure.text(0.018, 1 - 0.6 / height, subtitle, fontsize=8.5, color=_FAINT)
+    figure.text(0.018, 1 - 0.34 / height, title, fontsize=13, fontweight="bold", color=INK)
+    figure.text(0.018, 1 - 0.6 / height, subtitle, fontsize=8.5, color=FAINT)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -81,19 +81,19 @@ def _draw_bar(axes: Axes, place: float, memory: Memory, limit: float) -> None:
         label = name.replace("_", " ") if place in (0, 0.5) else None
         axes.barh(place, value, left=start, height=0.62, color=_COLOURS[name], label=label, zorder=2)
         if value > _NARROWEST * limit:
-            colour = _INK if name in ("optimizer", "activations", "workspace") else "white"
+            colour = INK if name in ("optimizer", "activations", "workspace") else "white"
             middle = start + value / 2
             axes.text(
                 middle, place, f"{value:.{digits}f}", ha="center", va="center", fontsize=7.5, color=colour, zorder=3
             )
         start += value
     end, behind = start + 0.008 * limit, {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-    axes.text(end, place, f"{start:.{digits}f}", va="center", fontsize=8, fontweight="bold", color=_INK, bbox=behind)
+    axes.text(end, place, f"{start:.{digits}f}", va="center", fontsize=8, fontweight="bold", color=INK, bbox=behind)
 
 
 def _mark(axes: Axes, gpus: list[Gpu]) -> None:
     for gpu in gpus:
-        axes.axvline(gpu.memory_gib, color=_FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axes.axvline(gpu.memory_gib, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
             gpu.name.upper(),
             (gpu.memory_gib, 1),
@@ -102,5 +102,5 @@ def _mark(axes: Axes, gpus: list[Gpu]) -> None:
             textcoords="offset points",
             ha="center",
             fontsize=7.5,
-            color=_FAINT,
+            color=FAINT,
         )

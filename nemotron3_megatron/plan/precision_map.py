@@ -16,12 +16,13 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from nemotron3_megatron.drawing import FAINT, INK
 from nemotron3_megatron.plan.precision_shares import FORMATS
 from nemotron3_megatron.precision.modules import FIXED
 from nemotron3_megatron.precision.plan import PlanRow, PrecisionPlan
 from nemotron3_megatron.precision.policy import Format, Role
 
-_INK, _FAINT, _BED = "#1f2933", "#66727f", "#f3f5f7"
+_BED = "#f3f5f7"
 _COLOURS: dict[Format, str] = {"nvfp4": "#1f8a5b", "mxfp8": "#f2ac33", "bf16": "#93abc9"}
 """Of different lightness too, for whoever sees fewer colours."""
 
@@ -72,9 +73,9 @@ def draw_precision_map(path: Path, plan: PrecisionPlan, title: str, subtitle: st
     _label_roles(axes, grid)
     _label_layers(axes, grid)
     margin, always = _MARGIN / width, ", ".join(f"{part} {number_format}" for part, number_format in FIXED.items())
-    figure.text(margin, 1 - 0.34 / height, title, fontsize=13, fontweight="bold", color=_INK)
-    figure.text(margin, 1 - 0.6 / height, subtitle, fontsize=8.5, color=_FAINT)
-    figure.text(margin, _MARGIN / height, f"Under every policy: {always}", fontsize=7.5, color=_FAINT)
+    figure.text(margin, 1 - 0.34 / height, title, fontsize=13, fontweight="bold", color=INK)
+    figure.text(margin, 1 - 0.6 / height, subtitle, fontsize=8.5, color=FAINT)
+    figure.text(margin, _MARGIN / height, f"Under every policy: {always}", fontsize=7.5, color=FAINT)
     _draw_legend(figure, plan.rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -113,7 +114,7 @@ def _draw_cells(axes: Axes, grid: _Grid) -> None:
         axes.pcolormesh(
             edges, rows, values, cmap=colours, vmin=0, vmax=len(FORMATS) - 1, edgecolors="white", linewidth=0.8
         )
-        axes.hlines(between, edges[0], edges[-1], color=_FAINT, linewidth=0.8)
+        axes.hlines(between, edges[0], edges[-1], color=FAINT, linewidth=0.8)
 
 
 def _stems(roles: Sequence[Role]) -> list[str]:
@@ -137,9 +138,9 @@ def _label_roles(axes: Axes, grid: _Grid) -> None:
             va="center",
             fontsize=9,
             fontweight="bold",
-            color=_INK,
+            color=INK,
         )
-    axes.tick_params(axis="y", length=0, labelsize=8, labelcolor=_INK)
+    axes.tick_params(axis="y", length=0, labelsize=8, labelcolor=INK)
 
 
 def _label_layers(axes: Axes, grid: _Grid) -> None:
@@ -147,7 +148,7 @@ def _label_layers(axes: Axes, grid: _Grid) -> None:
     ticks = [layer for layer in range(0, grid.depth, step) if grid.depth - 1 - layer >= step / 2]
     ticks.append(grid.depth - 1)
     axes.set_xticks([layer + 0.5 for layer in ticks], [str(layer) for layer in ticks])
-    axes.tick_params(axis="x", length=3, labelsize=8, color=_FAINT, labelcolor=_INK)
+    axes.tick_params(axis="x", length=3, labelsize=8, color=FAINT, labelcolor=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
     _below(axes, grid.depth / 2, 24, "decoder layer")
@@ -166,7 +167,7 @@ def _below(axes: Axes, x: float, points: float, text: str) -> None:
         ha="center",
         va="top",
         fontsize=8,
-        color=_INK,
+        color=INK,
     )
 
 

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from nemotron3_megatron.config.run import Run, Stage
+from nemotron3_megatron.drawing import FAINT, GRID, INK
 from nemotron3_megatron.telemetry.throughput import format_count
 from nemotron3_megatron.train.schedule import learning_rate
 
-_INK, _FAINT, _GRID, _RATE = "#1f2933", "#66727f", "#e4e8ec", "#1f6fb2"
+_RATE = "#1f6fb2"
 _BEDS = ("#eef3f9", "#f9f3e6")
 """Of the stages in turn."""
 
@@ -46,13 +47,13 @@ def draw_schedule(path: Path, run: Run) -> None:
     _draw_stages(axes, run, end)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.tick_params(length=0, labelsize=8.5, colors=_FAINT)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8, zorder=1)
-    axes.set_xlabel("tokens", fontsize=8.5, color=_FAINT)
+    axes.tick_params(length=0, labelsize=8.5, colors=FAINT)
+    axes.grid(axis="y", color=GRID, linewidth=0.8, zorder=1)
+    axes.set_xlabel("tokens", fontsize=8.5, color=FAINT)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)
-    figure.text(0.012, 0.92, "learning rate", fontsize=9, color=_FAINT)
+    axes.spines["bottom"].set_color(FAINT)
+    figure.text(0.012, 0.92, "learning rate", fontsize=9, color=FAINT)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -75,7 +76,7 @@ def _draw_stages(axes: Axes, run: Run, end: int) -> None:
             textcoords="offset points",
             ha="center" if is_wide else "right",
             fontsize=8.5,
-            color=_INK,
+            color=INK,
         )
 
 

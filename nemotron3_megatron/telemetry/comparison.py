@@ -17,14 +17,14 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from nemotron3_megatron.config.errors import UserError
+from nemotron3_megatron.drawing import FAINT, INK, plain
 from nemotron3_megatron.telemetry.curves import Array, smoothed
 from nemotron3_megatron.telemetry.jsonlines import read_evals, read_steps
 from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
 from nemotron3_megatron.telemetry.throughput import WARMUP_STEPS, format_count
 
 PICTURE = "comparison.png"
-_INK, _FAINT, _GRID = "#1f2933", "#66727f", "#e4e8ec"
-_COLOURS = ("#1f2933", "#1f6fb2", "#d9480f", "#2b8a3e", "#5f3dc4")
+_COLOURS = (INK, "#1f6fb2", "#d9480f", "#2b8a3e", "#5f3dc4")
 _EARLY = 1 / 4
 """Of the tokens: there the distance may leave the picture, since losses fall fastest."""
 
@@ -107,7 +107,7 @@ def draw_comparison(path: Path, runs: Sequence[Compared]) -> None:
     validated = " (points: validation)" if any(run.evals for run in runs) else ""
     _label(left, f"training loss, nats a token{validated}")
     _label(right, f"distance from {runs[0].name}, nats")
-    left.legend(frameon=False, labelcolor=_INK)
+    left.legend(frameon=False, labelcolor=INK)
     figure.savefig(path)
 
 
@@ -152,11 +152,7 @@ def _colour(index: int) -> object:
 
 
 def _label(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=10, color=_INK)
-    axes.set_xlabel("tokens", color=_FAINT)
+    axes.set_title(text, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("tokens", color=FAINT)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GRID)
-    axes.tick_params(colors=_FAINT, labelsize=9, length=0)
+    plain(axes)

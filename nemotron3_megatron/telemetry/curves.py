@@ -13,11 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
+from nemotron3_megatron.drawing import FAINT, INK, plain
 from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
 
 type Array = npt.NDArray[np.float64]
 
-_INK, _FAINT, _GRID = "#1f2933", "#66727f", "#e4e8ec"
 _TRAIN, _VALIDATION, _UNIGRAM, _RATE, _REFUSED = "#1f6fb2", "#d9480f", "#5f3dc4", "#2b8a3e", "#c92a2a"
 _MTP = ("#8c9bab", "#b9c3cd", "#d3dae0")
 
@@ -77,15 +77,15 @@ def draw_loss_curve(
     FigureCanvasAgg(figure)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     figure.subplots_adjust(left=0.08, right=0.875, top=0.87, bottom=0.08, hspace=0.09)
-    figure.text(0.08, 0.95, title, fontsize=15, fontweight="bold", color=_INK)
+    figure.text(0.08, 0.95, title, fontsize=15, fontweight="bold", color=INK)
     ends = _draw_losses(losses, steps, evals, unigram_entropy)
     _draw_rate(rates, steps)
     for axes in (losses, rates):
-        _plain(axes)
+        plain(axes)
     _limit(losses, steps, evals, unigram_entropy)
     _label_ends(losses, ends)
     _token_axis(losses, steps)
-    rates.set_xlabel("step", color=_FAINT)
+    rates.set_xlabel("step", color=FAINT)
     rates.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
     figure.savefig(path)
@@ -137,8 +137,8 @@ def _draw_losses(
             label="update refused",
             zorder=6,
         )
-    axes.set_ylabel("loss (nats per token)", color=_FAINT)
-    axes.legend(frameon=False, loc="upper right", labelcolor=_INK, fontsize=10)
+    axes.set_ylabel("loss (nats per token)", color=FAINT)
+    axes.legend(frameon=False, loc="upper right", labelcolor=INK, fontsize=10)
     return ends
 
 
@@ -149,16 +149,8 @@ def _draw_rate(axes: Axes, steps: Sequence[StepRecord]) -> None:
     peak = max(rates)
     axes.set_ylim(0, peak * 1.12 or 1)
     axes.set_yticks([0, peak / 2, peak] if peak > 0 else [0])
-    axes.set_ylabel("learning rate", color=_FAINT)
+    axes.set_ylabel("learning rate", color=FAINT)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GRID)
-    axes.tick_params(colors=_FAINT, labelsize=9, length=0)
 
 
 def _limit(axes: Axes, steps: Sequence[StepRecord], evals: Sequence[EvalRecord], unigram_entropy: float | None) -> None:
@@ -206,9 +198,9 @@ def _token_axis(axes: Axes, steps: Sequence[StepRecord]) -> None:
     top = axes.secondary_xaxis(
         "top", functions=(lambda step: _interpolate(step, x, tokens), lambda count: _interpolate(count, tokens, x))
     )
-    top.set_xlabel("tokens", color=_FAINT)
+    top.set_xlabel("tokens", color=FAINT)
     top.xaxis.set_major_formatter(EngFormatter(sep=""))
-    top.tick_params(colors=_FAINT, labelsize=9, length=0)
+    top.tick_params(colors=FAINT, labelsize=9, length=0)
     top.spines["top"].set_visible(False)
 
 

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from nemotron3_megatron.config.sizes import KINDS
+from nemotron3_megatron.drawing import EMPTY, FAINT, INK, plain
 from nemotron3_megatron.telemetry.health import SERIES, layer_order
 from nemotron3_megatron.telemetry.records import StepRecord
 
 type Array = npt.NDArray[np.float64]
 
-_INK, _FAINT, _GRID, _EMPTY = "#1f2933", "#66727f", "#e4e8ec", "#f4f6f8"
 _COLOURS = {"max_violation": "magma_r", "router_bias_range": "magma_r"}
 _OTHER_COLOURS = "viridis"
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
@@ -70,7 +70,7 @@ def draw_role_curves(path: Path, steps: Sequence[StepRecord], *, title: str) -> 
         roles = sorted({role for record in measured for role in record.health.get(name, {})})
         table = {role: [record.health.get(name, {}).get(role, math.nan) for record in measured] for role in roles}
         _draw_roles(axes, x, table)
-        axes.set_title(SERIES[name].title, loc="left", fontsize=10.5, color=_INK)
+        axes.set_title(SERIES[name].title, loc="left", fontsize=10.5, color=INK)
     norms.set_yscale("log")
     _label_ends(norms, x, "role_gradient_norm", measured)
     zeros.set_ylim(bottom=0, top=max(zeros.get_ylim()[1], 0.01))
@@ -78,7 +78,7 @@ def draw_role_curves(path: Path, steps: Sequence[StepRecord], *, title: str) -> 
     _draw_gaps(gaps, steps)
     for axes in (norms, zeros, gaps):
         _plain(axes)
-        axes.set_xlabel("step", color=_FAINT)
+        axes.set_xlabel("step", color=FAINT)
     figure.savefig(path)
 
 
@@ -97,24 +97,24 @@ def draw_speed(path: Path, steps: Sequence[StepRecord], incidents: Mapping[str, 
     x = [record.step for record in steps]
     rate.plot(x, values, color="#1f6fb2", linewidth=0.9, alpha=0.75)
     middle = float(np.median(values))
-    rate.axhline(middle, color=_INK, linewidth=1.0, linestyle=(0, (5, 4)))
+    rate.axhline(middle, color=INK, linewidth=1.0, linestyle=(0, (5, 4)))
     rate.annotate(f"median {middle:,.0f}", (1, middle), xycoords=("axes fraction", "data"), xytext=(-4, 5),
-                  textcoords="offset points", ha="right", fontsize=9, color=_INK, bbox=_PAPER)  # fmt: skip
+                  textcoords="offset points", ha="right", fontsize=9, color=INK, bbox=_PAPER)  # fmt: skip
     rate.set_ylim(0, float(np.percentile(values, 99.5)) * 1.15 or 1)
     _mark(rate, incidents)
-    rate.set_title("Tokens a second, all ranks together", loc="left", fontsize=10.5, color=_INK, pad=14)
+    rate.set_title("Tokens a second, all ranks together", loc="left", fontsize=10.5, color=INK, pad=14)
     rate.yaxis.set_major_formatter(EngFormatter(sep=""))
-    rate.set_xlabel("step", color=_FAINT)
+    rate.set_xlabel("step", color=FAINT)
     seconds = np.array([record.step_time_s for record in steps])
     shown = seconds[seconds <= np.percentile(seconds, 99)]
     times.hist(shown, bins=min(40, max(8, len(shown) // 6)), color="#8fb8dc")
     for share in (50, 95):
         at = float(np.percentile(seconds, share))
-        times.axvline(at, color=_INK, linewidth=1.0, linestyle=(0, (5, 4)))
+        times.axvline(at, color=INK, linewidth=1.0, linestyle=(0, (5, 4)))
         times.annotate(f"p{share} {at:.3g} s", (at, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), ha="center",
-                       textcoords="offset points", fontsize=9, color=_INK)  # fmt: skip
-    times.set_title("Seconds of a step (without the slowest 1 %)", loc="left", fontsize=10.5, color=_INK, pad=14)
-    times.set_xlabel("seconds", color=_FAINT)
+                       textcoords="offset points", fontsize=9, color=INK)  # fmt: skip
+    times.set_title("Seconds of a step (without the slowest 1 %)", loc="left", fontsize=10.5, color=INK, pad=14)
+    times.set_xlabel("seconds", color=FAINT)
     for axes in (rate, times):
         _plain(axes)
     figure.savefig(path)
@@ -130,7 +130,7 @@ def _measured(steps: Sequence[StepRecord]) -> list[StepRecord]:
 def _figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.02, 1 - 0.36 / height, title, fontsize=14, fontweight="bold", color=_INK)
+    figure.text(0.02, 1 - 0.36 / height, title, fontsize=14, fontweight="bold", color=INK)
     return figure
 
 
@@ -141,7 +141,7 @@ def _right_hand(figure: Figure) -> tuple[Axes, Axes]:
 def _draw_layers(figure: Figure, axes: Axes, name: str, measured: Sequence[StepRecord], pattern: str) -> None:
     rows = sorted({row for record in measured for row in record.health.get(name, {})}, key=layer_order)
     cells = np.array([[record.health.get(name, {}).get(row, math.nan) for record in measured] for row in rows])
-    colours = colormaps[_COLOURS.get(name, _OTHER_COLOURS)].with_extremes(bad=_EMPTY)
+    colours = colormaps[_COLOURS.get(name, _OTHER_COLOURS)].with_extremes(bad=EMPTY)
     positive = cells[np.isfinite(cells) & (cells > 0)]
     logarithmic = SERIES[name].colours == "logarithmic" and positive.size > 0
     norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01)) if logarithmic else Normalize()
@@ -151,13 +151,13 @@ def _draw_layers(figure: Figure, axes: Axes, name: str, measured: Sequence[StepR
     axes.invert_yaxis()
     every = math.ceil(len(rows) / _MOST_LABELS)
     axes.set_yticks(np.arange(0, len(rows), every) + 0.5, [_layer_name(row, pattern) for row in rows[::every]])
-    axes.tick_params(colors=_FAINT, labelsize=8, length=0)
+    axes.tick_params(colors=FAINT, labelsize=8, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.spines[:].set_visible(False)
-    axes.set_title(SERIES[name].title, loc="left", fontsize=10.5, color=_INK)
-    axes.set_xlabel("step", color=_FAINT, fontsize=9)
+    axes.set_title(SERIES[name].title, loc="left", fontsize=10.5, color=INK)
+    axes.set_xlabel("step", color=FAINT, fontsize=9)
     bar = figure.colorbar(mesh, ax=axes, pad=0.015, fraction=0.04)
-    bar.ax.tick_params(which="both", colors=_FAINT, labelsize=8, length=0)
+    bar.ax.tick_params(which="both", colors=FAINT, labelsize=8, length=0)
     bar.outline.set_visible(False)
 
 
@@ -223,12 +223,12 @@ def _draw_gaps(axes: Axes, steps: Sequence[StepRecord]) -> None:
         axes.plot(
             x, gaps, linewidth=1.3, color=("#1f6fb2", "#d9480f", "#2b8a3e")[depth % 3], label=f"depth {depth + 1}"
         )
-    axes.axhline(0, color=_FAINT, linewidth=0.8)
-    axes.set_title("MTP loss minus main loss (nats)", loc="left", fontsize=10.5, color=_INK)
+    axes.axhline(0, color=FAINT, linewidth=0.8)
+    axes.set_title("MTP loss minus main loss (nats)", loc="left", fontsize=10.5, color=INK)
     if depths:
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     else:
-        axes.text(0.5, 0.5, "no MTP in this model", transform=axes.transAxes, ha="center", color=_FAINT)
+        axes.text(0.5, 0.5, "no MTP in this model", transform=axes.transAxes, ha="center", color=FAINT)
 
 
 _MARKS = {
@@ -239,17 +239,13 @@ _MARKS = {
 
 def _mark(axes: Axes, incidents: Mapping[str, Sequence[int]]) -> None:
     for kind, at in incidents.items():
-        axes.plot(at, [1.03] * len(at), "v", color=_MARKS.get(kind, _INK), markersize=6, label=kind, clip_on=False,
+        axes.plot(at, [1.03] * len(at), "v", color=_MARKS.get(kind, INK), markersize=6, label=kind, clip_on=False,
                   transform=axes.get_xaxis_transform())  # fmt: skip
     if incidents:
-        axes.legend(frameon=False, ncols=len(incidents), fontsize=8.5, loc="lower right", labelcolor=_INK,
+        axes.legend(frameon=False, ncols=len(incidents), fontsize=8.5, loc="lower right", labelcolor=INK,
                     bbox_to_anchor=(1, 1.04), handletextpad=0.1, columnspacing=1.0)  # fmt: skip
 
 
 def _plain(axes: Axes) -> None:
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GRID)
-    axes.tick_params(colors=_FAINT, labelsize=9, length=0, which="both")
+    plain(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

@@ -16,12 +16,12 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from nemotron3_megatron.drawing import EMPTY, FAINT, INK, plain
 from nemotron3_megatron.telemetry.records import OperandRecord, StepRecord
 from nemotron3_megatron.telemetry.scalars import precision_scalars
 
 type Array = npt.NDArray[np.float64]
 
-_INK, _FAINT, _GRID, _EMPTY = "#1f2933", "#66727f", "#e4e8ec", "#f4f6f8"
 _PANELS = (("flush_to_zero", "flushed to zero", "magma_r"), ("relative_error", "relative error", "viridis_r"))
 _SPOKEN = {
     "input": "input, fprop",
@@ -60,7 +60,7 @@ def draw_precision_map(path: Path, record: StepRecord, *, title: str) -> None:
     size = _LEFT + across * (width + _BAR), _TOP + down * (height + _BOTTOM)
     figure = Figure(figsize=size, dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.2 / size[0], 1 - 0.35 / size[1], title, fontsize=13, fontweight="bold", color=_INK)
+    figure.text(0.2 / size[0], 1 - 0.35 / size[1], title, fontsize=13, fontweight="bold", color=INK)
     for index, (name, label, colours) in enumerate(_PANELS):
         left = _LEFT + (index * (width + _BAR) if beside else 0)
         bottom = size[1] - _TOP - height - (0 if beside else index * (height + _BOTTOM))
@@ -69,7 +69,7 @@ def draw_precision_map(path: Path, record: StepRecord, *, title: str) -> None:
             for x, breadth in ((left, width), (left + width + 0.12, 0.13))
         )
         _draw_panel(axes, bar, _cells(record.precision, name, columns, groups), colormaps[colours])
-        axes.set_title(label, loc="left", fontsize=10, color=_INK)
+        axes.set_title(label, loc="left", fontsize=10, color=INK)
         _name_rows(axes, groups, named=not (beside and index))
         _name_columns(axes, columns)
     figure.savefig(path)
@@ -96,7 +96,7 @@ def draw_precision_history(path: Path, records: Sequence[StepRecord], *, title: 
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(labels), sharex=True, sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=0.065, right=0.985, top=0.79, bottom=0.27, wspace=0.1)
-    figure.text(0.02, 0.92, title, fontsize=13, fontweight="bold", color=_INK)
+    figure.text(0.02, 0.92, title, fontsize=13, fontweight="bold", color=INK)
     steps = [record.step for record in sampled]
     mark = "o" if len(steps) < 30 else None
     for axes, label in zip(panels, labels, strict=True):
@@ -105,16 +105,13 @@ def draw_precision_history(path: Path, records: Sequence[StepRecord], *, title: 
                 colour, dashes = colormaps["tab10"](index % 10), "-" if index < 10 else "--"
                 style: dict[str, Any] = {"color": colour, "linewidth": 1.5, "marker": mark, "markersize": 3}
                 axes.plot(steps, values, dashes, label=role, clip_on=False, **style)
-        axes.set_title(_SPOKEN[label], fontsize=10, color=_INK)
+        axes.set_title(_SPOKEN[label], fontsize=10, color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        axes.grid(True, color=_GRID, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_GRID)
-        axes.tick_params(colors=_FAINT, labelsize=9, length=0)
-        axes.set_xlabel("step", color=_FAINT)
+        plain(axes)
+        axes.set_xlabel("step", color=FAINT)
     panels[0].set_ylim(bottom=0)
-    panels[0].set_ylabel("flushed to zero", color=_FAINT)
+    panels[0].set_ylabel("flushed to zero", color=FAINT)
     lines = {str(line.get_label()): line for axes in panels for line in axes.get_lines()}
     figure.legend(
         [lines[role] for role in roles], roles, loc="lower center", ncols=min(len(roles), 6), frameon=False, fontsize=9
@@ -157,18 +154,18 @@ def _cells(
 def _draw_panel(axes: Axes, bar: Axes, values: Array, colours: Colormap) -> None:
     finite = values[np.isfinite(values)]
     top = float(finite.max()) if finite.size and finite.max() > 0 else 0.01
-    axes.set_facecolor(_EMPTY)
+    axes.set_facecolor(EMPTY)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=top)
     axes.spines[:].set_visible(False)
     axes.figure.colorbar(image, cax=bar, format=PercentFormatter(1.0, decimals=None))
-    bar.tick_params(colors=_FAINT, labelsize=8, length=0)
+    bar.tick_params(colors=FAINT, labelsize=8, length=0)
     bar.spines[:].set_visible(False)
 
 
 def _name_rows(axes: Axes, groups: Sequence[tuple[str, str]], *, named: bool) -> None:
     """A line between roles; if ``named``, operands along the axis and each role once beside its operands."""
     names = [_SPOKEN[label] if named else "" for _, label in groups]
-    axes.set_yticks(range(len(groups)), names, fontsize=7.5, color=_FAINT)
+    axes.set_yticks(range(len(groups)), names, fontsize=7.5, color=FAINT)
     axes.tick_params(length=0)
     first = 0
     for role in dict.fromkeys(role for role, _ in groups):
@@ -184,7 +181,7 @@ def _name_rows(axes: Axes, groups: Sequence[tuple[str, str]], *, named: bool) ->
             ha="right",
             va="center",
             fontsize=8.5,
-            color=_INK,
+            color=INK,
         )
         first += count
 
@@ -193,10 +190,10 @@ def _name_columns(axes: Axes, columns: Sequence[str]) -> None:
     layers = sum(column.isdigit() for column in columns)
     every = 1 if layers <= 40 else 5
     shown = [place for place, column in enumerate(columns) if not column.isdigit() or int(column) % every == 0]
-    axes.set_xticks(shown, [columns[place] for place in shown], fontsize=7.5, color=_FAINT)
+    axes.set_xticks(shown, [columns[place] for place in shown], fontsize=7.5, color=FAINT)
     for label in axes.get_xticklabels():
         label.set_rotation(0 if label.get_text().isdigit() else 90)
-    axes.set_xlabel("layer", fontsize=8.5, color=_FAINT, loc="left", labelpad=1)
+    axes.set_xlabel("layer", fontsize=8.5, color=FAINT, loc="left", labelpad=1)
     if 0 < layers < len(columns):
         axes.axvline(layers - 0.5, color="white", linewidth=2.5)
 

@@ -11,12 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nemotron3_megatron.drawing import FAINT, INK, plain
 from nemotron3_megatron.telemetry.curves import smoothed
 from nemotron3_megatron.telemetry.html import Section
 from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
 from nemotron3_megatron.telemetry.throughput import format_count
 
-_INK, _FAINT, _GRID = "#1f2933", "#66727f", "#e4e8ec"
 _COLOURS = 10
 
 
@@ -31,16 +31,12 @@ def draw_tag_losses(path: Path, steps: Sequence[StepRecord], evals: Sequence[Eva
         places, losses = _curve(steps, tag)
         axes.plot(places, smoothed(losses) if losses else [], line, color=colour, label=tag, linewidth=1.8)
         axes.plot(*_curve(evals, tag), "o", color=colour, markeredgecolor="white")
-    axes.set_title(title, loc="left", fontsize=12, color=_INK)
-    axes.set_xlabel("step", color=_FAINT)
-    axes.set_ylabel("loss (nats per token)", color=_FAINT)
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.set_xlabel("step", color=FAINT)
+    axes.set_ylabel("loss (nats per token)", color=FAINT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GRID)
-    axes.tick_params(colors=_FAINT, labelsize=9, length=0)
-    figure.legend(loc="outside lower center", ncols=min(len(names), 6), frameon=False, fontsize=9, labelcolor=_INK)
+    plain(axes)
+    figure.legend(loc="outside lower center", ncols=min(len(names), 6), frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(path)
 
 

@@ -42,15 +42,21 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def prepare(tmp_path: Path) -> Prepare:
-    """prepare(paths, output, *overrides) -> exit status; a BPE of 280 entries, one worker."""
+def arguments(tmp_path: Path) -> Callable[..., list[str]]:
+    """arguments(paths, output, *overrides) -> the command's; a BPE of 280 entries, one worker."""
 
-    def run(paths: Sequence[Path | str], output: str, *overrides: str, bpe: bool = True) -> int:
+    def build(paths: Sequence[Path | str], output: str, *overrides: str, bpe: bool = True) -> list[str]:
         listed = ",".join(f"'{path}'" for path in paths)
         settings = {"input.paths": f"[{listed}]", "output": f"'{tmp_path / output}'", "num_workers": "1"}
         if bpe:
             settings |= {"tokenizer.kind": "bpe", "tokenizer.path": "null", "tokenizer.vocab_size": "280"}
         settings |= dict(override.split("=", 1) for override in overrides)
-        return main(["recipe=files", *(f"{key}={value}" for key, value in settings.items())])
+        return ["recipe=files", *(f"{key}={value}" for key, value in settings.items())]
 
-    return run
+    return build
+
+
+@pytest.fixture
+def prepare(arguments: Callable[..., list[str]]) -> Prepare:
+    """prepare(paths, output, *overrides) -> exit status of the command with these arguments, run in this process."""
+    return lambda *given, **options: main(arguments(*given, **options))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -22,7 +21,6 @@ from rich.console import Console
 
 from data_prep import prepare as prepare_module
 from data_prep.manifest import Manifest
-from data_prep.progress import Progress
 from nemotron3_megatron.data.indexed import IndexedTokens
 from nemotron3_megatron.data.tokenizer import load_tokenizer
 
@@ -110,21 +108,27 @@ def times(directory: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted((directory / "shards").glob("*.bin"))}
 
 
-def test_killed_run_goes_on_where_it_was(prepare, write_jsonl, texts, tmp_path: Path, monkeypatch) -> None:
+DIES_IN_THIRD = """
+import os, signal, sys
+from data_prep.__main__ import main
+from data_prep.progress import Progress
+
+def advance(progress, _):
+    if progress._path.stem == "00002":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Progress.advance = advance
+main(sys.argv[1:])
+"""
+
+
+def test_killed_run_goes_on_where_it_was(prepare, arguments, write_jsonl, texts, tmp_path: Path) -> None:
     """SIGKILL in the middle of the third shard; the next run redoes that one and leaves the first two alone."""
     files = many_files(write_jsonl, texts)
     assert prepare(files, "whole", "shard_bytes=1") == 0
-
-    def dies_in_third(progress: Progress, _: int) -> None:
-        if progress._path.stem == "00002":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(Progress, "advance", dies_in_third)
-    child = multiprocessing.get_context("fork").Process(target=prepare, args=(files, "killed", "shard_bytes=1"))
-    child.start()
-    child.join(120)
-    assert child.exitcode == -signal.SIGKILL
-    monkeypatch.undo()
+    command = [sys.executable, "-c", DIES_IN_THIRD, *arguments(files, "killed", "shard_bytes=1")]
+    killed = subprocess.run(command, stderr=subprocess.DEVNULL, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
 
     before = times(tmp_path / "killed")
     assert {name.split(".")[0] for name in before} == {"00000", "00001"}
