@@ -114,7 +114,7 @@ def draw_comparison(path: Path, runs: Sequence[Compared]) -> None:
 def comparison_table(runs: Sequence[Compared]) -> Table:
     """A row a run: the last losses (training: smoothed), speed, peak memory of rank 0; and how each differs from the
     first run's, where losses are compared after as many tokens."""
-    table = Table("run", "tokens", "loss", "validation", "s/step", "peak GiB", box=SIMPLE)
+    table = Table("run", "tokens", "loss", "validation", "s/step", "GiB", box=SIMPLE, padding=0)
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
