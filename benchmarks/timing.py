@@ -69,13 +69,13 @@ def time_steps(
         warmup: steps before.
         place: this process among several; None: one GPU.
     """
+    from megatron.core.parallel_state import get_expert_model_parallel_group  # after slices
+
     place = place or Place()
     started = time.perf_counter()
     platform = open_gpu(place)
     step, backend, release = _step_of(loop, run, platform, balanced)
     batches = [random_batches(run, number, place.rank) for number in range(warmup + steps)]
-    from megatron.core.parallel_state import get_expert_model_parallel_group
-
     with exchanged(get_expert_model_parallel_group()) as moved:
         step(batches[0])
     platform.synchronize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -16,10 +17,9 @@ from matplotlib.ticker import EngFormatter
 from rich.box import SIMPLE
 from rich.table import Table
 
-from nemotron3_megatron.config.errors import UserError
 from nemotron3_megatron.drawing import FAINT, INK, plain
 from nemotron3_megatron.telemetry.curves import Array, smoothed
-from nemotron3_megatron.telemetry.jsonlines import read_evals, read_steps
+from nemotron3_megatron.telemetry.jsonlines import read_evals, read_some_steps
 from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
 from nemotron3_megatron.telemetry.throughput import WARMUP_STEPS, format_count
 
@@ -29,7 +29,7 @@ _EARLY = 1 / 4
 """Of the tokens: there the distance may leave the picture, since losses fall fastest."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Compared:
     """A run, by what it recorded."""
 
@@ -38,12 +38,12 @@ class Compared:
     """At least one."""
     evals: tuple[EvalRecord, ...]
 
-    @property
+    @cached_property
     def tokens(self) -> Array:
         """(steps,) seen by the end of each step."""
         return np.array([record.tokens for record in self.steps], dtype=np.float64)
 
-    @property
+    @cached_property
     def losses(self) -> Array:
         """(steps,) smoothed training loss, nats a token."""
         return smoothed([record.loss for record in self.steps])
@@ -62,12 +62,10 @@ def read_compared(run_dirs: Sequence[Path]) -> list[Compared]:
     """
     short = [path.resolve().name for path in run_dirs]
     names = short if len(set(short)) == len(short) else [str(path) for path in run_dirs]
-    found = []
-    for name, path in zip(names, run_dirs, strict=True):
-        if not (steps := read_steps(path)):
-            raise UserError(str(path), why="the run has no step yet", nearest="wait for its first step")
-        found.append(Compared(name, tuple(steps), tuple(read_evals(path))))
-    return found
+    return [
+        Compared(name, tuple(read_some_steps(path)), tuple(read_evals(path)))
+        for name, path in zip(names, run_dirs, strict=True)
+    ]
 
 
 def distance(first: Compared, other: Compared) -> tuple[Array, Array]:

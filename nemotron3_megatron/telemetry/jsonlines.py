@@ -108,6 +108,17 @@ def read_steps(run_dir: Path) -> list[StepRecord]:
     return _read(path, StepRecord)
 
 
+def read_some_steps(run_dir: Path) -> list[StepRecord]:
+    """:func:`read_steps`, at least one.
+
+    Raises:
+        UserError: there is no ``metrics.jsonl``, or no step in it.
+    """
+    if not (steps := read_steps(run_dir)):
+        raise UserError(f"run_dir={run_dir}", why="the run has no step yet", nearest="wait for its first step")
+    return steps
+
+
 def read_evals(run_dir: Path) -> list[EvalRecord]:
     """The validation passes of a run in order; empty when there was none."""
     path = run_dir / VALIDATION

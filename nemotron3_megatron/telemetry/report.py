@@ -17,7 +17,7 @@ from nemotron3_megatron.plan.counts import count_parameters
 from nemotron3_megatron.telemetry.comparison import PICTURE, comparison_table, draw_comparison, read_compared
 from nemotron3_megatron.telemetry.curves import draw_loss_curve, smoothed
 from nemotron3_megatron.telemetry.html import Picture, Section, page
-from nemotron3_megatron.telemetry.jsonlines import read_evals, read_steps
+from nemotron3_megatron.telemetry.jsonlines import read_evals, read_some_steps
 from nemotron3_megatron.telemetry.precision_map import draw_precision_history, draw_precision_map
 from nemotron3_megatron.telemetry.records import EvalRecord, StepRecord
 from nemotron3_megatron.telemetry.report_health import draw_health, read_story, story_sections, tiles
@@ -78,9 +78,7 @@ def read_findings(run_dir: Path) -> Findings:
         UserError: it holds no run, or a run without a single step.
     """
     record = read_run_record(run_dir)
-    steps = read_steps(run_dir)
-    if not steps:
-        raise UserError(f"run_dir={run_dir}", why="the run has no step yet", nearest="wait for its first step")
+    steps = read_some_steps(run_dir)
     return Findings(run_dir, record, tuple(steps), tuple(read_evals(run_dir)), unigram_entropy(record.run))
 
 

@@ -17,22 +17,19 @@ def steps(crowded_rank: int | None) -> dict[str, Any]:
     import torch
     from layouts import batches, started
     from torch import Tensor
+    from uncaptured import Uncaptured
 
     from nemotron3_megatron.model.rooms import rooms_of
     from nemotron3_megatron.train.callbacks.base import StepEvent
     from nemotron3_megatron.train.callbacks.health import HealthTelemetry
-    from nemotron3_megatron.train.graph import CapturedPasses
     from nemotron3_megatron.train.step import train_step
 
     rank = int(os.environ["RANK"])
 
-    class Uncaptured(CapturedPasses):
-        """Without a GPU: each call computes, and what a graph would have noted is noted by hand."""
+    class Crowded(Uncaptured):
+        """What a graph would have noted is noted by hand."""
 
         calls = 0
-
-        def release(self) -> None:
-            """There are no graphs."""
 
         def __call__(self, passes: Callable[[list[Tensor]], Tensor], inputs: Sequence[Tensor]) -> Tensor:
             self.calls += 1
@@ -40,13 +37,14 @@ def steps(crowded_rank: int | None) -> dict[str, Any]:
                 dispatcher.crowd = torch.zeros(2, dtype=torch.int64)
             lacks = self.calls == 2 and crowded_rank is not None
             # Experts without room take nothing: the passes go wrong, here by other inputs.
-            sums = passes([torch.zeros_like(each) if lacks and each.dtype == torch.int64 else each for each in inputs])
+            given = [torch.zeros_like(each) if lacks and each.dtype == torch.int64 else each for each in inputs]
+            sums = super().__call__(passes, given)
             if lacks and rank == crowded_rank:
                 self.rooms.dispatchers[0].crowd = torch.tensor([1, ROWS])
             return sums
 
     with started({"ep": 2, "dispatcher": "allgather"}) as trainer:
-        captured = Uncaptured(rooms_of(trainer.chunks))
+        captured = Crowded(rooms_of(trainer.chunks))
         trainer = replace(trainer, captured=captured)
         health, stage = HealthTelemetry(lambda _: True, trainer), trainer.run.stages[0]
         results, measured = [], []
